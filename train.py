@@ -5,9 +5,9 @@
     python train.py --resume out/checkpoints/last.pt                 # go on exactly where a run stopped
     torchrun --nproc_per_node=4 train.py --steps 20000               # the same on four GPUs, one process each
 
-Everything is in this file, in the order in which it happens: configuration, tokenizer, data, model, device and precision,
-optimizer and schedule, run directory, training loop, command line. A run writes its run directory (`--out_dir`) and
-nothing else, but for a cache of token ids:
+Everything is in this file, in the order in which it happens: configuration, tokenizer, data, model, device and
+precision, optimizer and schedule, run directory, training loop, command line. A run writes its run directory and, to
+start faster the next time, token ids in the user's cache folder:
 
     OUT/run.json                 command, config, seed, versions, corpus hash, and how the run ended
     OUT/logs/train.log           what the terminal shows
@@ -24,7 +24,6 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import csv
 import ctypes
 import dataclasses
 import difflib
@@ -128,48 +127,48 @@ class TrainConfig:
     top_k: int = flag(50, "sample from the k likeliest tokens (0: from all)", least=0)
     temperature: float = flag(0.9, "flattens (over 1) or sharpens (under 1) the choice; 0: the likeliest", least=0)
 
-    device: str = flag("auto", "auto takes CUDA, else MPS, else the CPU", "Machine", choices=("auto", "cpu", "cuda", "mps"))
+    device: str = flag("auto", "auto: CUDA, else MPS, else CPU", "Machine", choices=("auto", "cpu", "cuda", "mps"))
     amp: str = flag("auto", "mixed precision: auto explains its choice", choices=("auto", "fp16", "bf16", "off"))
     compile: bool = flag(False, "torch.compile: slower to start, then faster")
 
     def validate(self) -> None:
         """Raises UsageError with every problem of the settings at once, each with its remedy."""
-        problems = [p for f in dataclasses.fields(self) for p in check_value(f, getattr(self, f.name))]
-        if not problems:  # the rules below compare values that must be sound by themselves
-            problems = [sentence for broken, sentence in self.conflicts() if broken]
-        if not (self.resume or self.overwrite) and RunDirectory(self.out_dir).holds_a_run():
+        unsound = {f.name: p for f in FIELDS.values() for p in check_value(f, getattr(self, f.name))}
+        problems = list(unsound.values())
+        sound = dataclasses.replace(self, **{name: FIELDS[name].default or 100 for name in unsound})
+        for broken, remedy in sound.conflicts():  # rules that compare several values, but for those found wrong already
+            if broken and not unsound.keys() & set(remedy.split()):
+                problems.append(remedy)
+        run_dir = RunDirectory(self.out_dir)
+        if run_dir.holds_a_run() and not (self.overwrite or self.resume == "auto" or run_dir.owns(self.resume)):
             problems.append(
-                f"out_dir {self.out_dir} already holds a run: add --resume auto to continue it, --overwrite to replace it,"
-                " or choose another --out_dir"
+                f"out_dir {self.out_dir} already holds a run: add --resume auto to continue it, --overwrite to replace"
+                " it, or choose another --out_dir"
             )
-        problems += input_problems(self.input_file)
-        if problems:
+        if problems := problems + input_problems(self.input_file):
             raise UsageError(*problems)
 
-    def conflicts(self) -> Iterator[tuple[bool, str]]:
-        """Pairs of (is it broken?, what to do) for rules that span several settings."""
-        width = max(1, round(self.n_embd / self.n_head)) * self.n_head
-        yield self.n_embd % self.n_head != 0, f"n_embd {self.n_embd} isn't divisible by n_head {self.n_head}: try {width}"
-        yield (
-            self.seq_len > self.block_size,
-            f"seq_len {self.seq_len} is over block_size {self.block_size}: use --seq_len {self.block_size} or less",
-        )
-        yield (
-            self.steps is None and self.epochs is None,
-            "the length of the run isn't set: give --steps N or --epochs N, or --preset demo for a short demonstration",
-        )
-        yield self.steps is not None and self.epochs is not None, "steps and epochs exclude each other: give one of them"
-        yield (
-            self.steps is not None and (self.warmup_steps or 0) > self.steps,
-            f"warmup_steps {self.warmup_steps} is over steps {self.steps}: leave it out or use a tenth of steps",
-        )
-        yield bool(self.resume) and self.overwrite, "resume and overwrite exclude each other: give one of them"
-        present = device_present(self.device)
-        yield not present, f"device {self.device} isn't available here: use --device auto"
-        yield (
-            present and self.amp == "fp16" and pick_device(self.device).type == "cpu",
-            "amp fp16 on a CPU runs about a thousand times slower than fp32: use --amp auto, bf16 or off",
-        )
+    def conflicts(self) -> list[tuple[bool, str]]:
+        """Rules that span several settings: (is it broken?, what to do)."""
+        c, width = self, max(1, round(self.n_embd / self.n_head)) * self.n_head
+        short, present = c.steps is not None and (c.warmup_steps or 0) > c.steps, device_present(c.device)
+        fp16_on_cpu = c.amp == "fp16" and present and pick_device(c.device).type == "cpu"
+        return [
+            (c.n_embd % c.n_head != 0, f"n_embd {c.n_embd} isn't divisible by n_head {c.n_head}: try {width}"),
+            (
+                c.seq_len > c.block_size,
+                f"seq_len {c.seq_len} is over block_size {c.block_size}: use {c.block_size} or less",
+            ),
+            (not (c.steps or c.epochs), "the run has no length: give --steps N or --epochs N, or try --preset demo"),
+            (bool(c.steps and c.epochs), "steps and epochs exclude each other: give one of them"),
+            (short, f"warmup_steps {c.warmup_steps} is over steps {c.steps}: leave it out for a tenth of them"),
+            (bool(c.resume) and c.overwrite, "resume and overwrite exclude each other: give one of them"),
+            (not present, f"device {c.device} isn't available here: use --device auto"),
+            (
+                fp16_on_cpu,
+                "amp fp16 on a CPU runs about a thousand times slower than fp32: use --amp auto, bf16 or off",
+            ),
+        ]
 
     def resolved(self, batches_per_pass: int, batches_per_step: int) -> TrainConfig:
         """The same settings with each None filled in, once the corpus is known."""
@@ -184,11 +183,20 @@ class TrainConfig:
         )
 
 
+FIELDS = {f.name: f for f in dataclasses.fields(TrainConfig)}
+MODEL_FLAGS = ("block_size", "n_layer", "n_head", "n_embd", "dropout")
+
 # Found by measuring on two CPU cores: benchmarks/README.md has the runs.
 PRESETS: dict[str, dict] = {
-    "demo": dict(
-        input_file="data/sample.txt", out_dir="out_demo", steps=600, batch_size=1, seq_len=256, lr=1e-3, weight_decay=0.0
-    ),
+    "demo": {
+        "input_file": "data/sample.txt",
+        "out_dir": "out_demo",
+        "batch_size": 1,
+        "seq_len": 256,
+        "steps": 300,
+        "lr": 3e-4,
+        "weight_decay": 0.0,
+    },
 }
 
 
@@ -313,7 +321,7 @@ def fetch_corpus(path: Path) -> None:
     except (OSError, ValueError) as e:
         raise UsageError(f"{path} is missing and can't be fetched from {CORPUS_URL} ({e}): {remedy}") from None
     if hashlib.sha256(data).hexdigest() != CORPUS_SHA256:
-        raise UsageError(f"{path} was fetched but isn't tiny Shakespeare (wrong SHA-256), so it was thrown away: {remedy}")
+        raise UsageError(f"what {CORPUS_URL} sent isn't tiny Shakespeare (wrong SHA-256): {remedy}")
     path.parent.mkdir(parents=True, exist_ok=True)
     with atomic_write(path) as f:
         f.write(data)
@@ -333,14 +341,25 @@ def load_corpus(path: str, tokenizer: Tokenizer, cache_dir: str = "") -> Corpus:
         raise UsageError(f"input_file {path} can't be read ({e.strerror}): check its permissions") from None
     text, notes = decode_text(data, path)
     sha256 = hashlib.sha256(data).hexdigest()
-    cache = Path(cache_dir or default_cache_dir()) / f"{tokenizer.name}-{sha256}.npy"
-    tokens = read_cached_tokens(cache, tokenizer.vocab_size)
-    if tokens is None:
-        tokens = np.array(tokenizer.encode(text), dtype=np.uint16)  # 50,257 ids fit into 16 bits
-        notes.append(f"tokenized{'' if write_cached_tokens(cache, tokens) else f' (not cached: {cache.parent} refuses)'}")
-    else:
-        notes.append("token ids from the cache")
-    return Corpus(path, sha256, text, tokens, tuple(notes))
+    folder = Path(cache_dir or Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "train-gpt2")
+    tokens, note = cached_tokens(folder / f"{tokenizer.name}-{sha256}.npy", text, tokenizer)
+    return Corpus(path, sha256, text, tokens, (*notes, note))
+
+
+def cached_tokens(path: Path, text: str, tokenizer: Tokenizer) -> tuple[np.ndarray, str]:
+    """(token ids (N,) of a text, where they came from): from the cache file if it is there and sound."""
+    with contextlib.suppress(OSError, ValueError, EOFError):
+        tokens = np.load(path, allow_pickle=False)
+        if tokens.dtype == np.uint16 and tokens.ndim == 1 and tokens.max(initial=0) < tokenizer.vocab_size:
+            return tokens, "token ids from the cache"
+    tokens = np.array(tokenizer.encode(text), dtype=np.uint16)  # 50,257 ids fit into 16 bits
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with atomic_write(path) as f:
+            np.save(f, tokens)
+    except OSError as e:  # costs time at the next start, no more
+        return tokens, f"tokenized (not cached: {e.strerror})"
+    return tokens, "tokenized"
 
 
 def decode_text(data: bytes, path: str) -> tuple[str, list[str]]:
@@ -367,38 +386,12 @@ def decode_text(data: bytes, path: str) -> tuple[str, list[str]]:
     return text, notes
 
 
-def default_cache_dir() -> Path:
-    """The user's cache folder by the XDG convention."""
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "train-gpt2"
-
-
-def read_cached_tokens(path: Path, vocab_size: int) -> np.ndarray | None:
-    """Token ids (N,) from the cache, or None if they aren't there whole."""
-    try:
-        tokens = np.load(path, allow_pickle=False)
-    except (OSError, ValueError, EOFError):
-        return None
-    sound = tokens.dtype == np.uint16 and tokens.ndim == 1 and tokens.size and int(tokens.max()) < vocab_size
-    return tokens if sound else None
-
-
-def write_cached_tokens(path: Path, tokens: np.ndarray) -> bool:
-    """Whether the cache took them: a cache that can't be written costs time at the next start, no more."""
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with atomic_write(path) as f:
-            np.save(f, tokens)
-    except OSError:
-        return False
-    return True
-
-
 class TokenBatcher:
     """Cuts a corpus of N tokens into batches of B windows of T tokens, in order, pass after pass.
 
-    Batch i of a pass holds the tokens from i*B*T on, and as targets the tokens one further. The last batch is moved back
-    so that it ends where the corpus ends: each of the N-1 targets is in every pass. Batch k of the run is a function of the
-    seed and k alone. Among `world_size` processes, each takes every world_size-th batch."""
+    Batch i of a pass holds the tokens from i*B*T on, and as targets the tokens one further. The last batch is moved
+    back to end where the corpus ends: each of the N-1 targets is in every pass. Batch k of the run is a function of
+    the seed and k alone. Among `world_size` processes, each takes every world_size-th batch."""
 
     def __init__(self, tokens, batch_size, seq_len, *, shuffle=False, seed=0, rank=0, world_size=1):
         self.tokens = torch.as_tensor(tokens)
@@ -540,13 +533,13 @@ class GPT(nn.Module):
         super().__init__()
         self.config = config
         self.transformer = nn.ModuleDict(
-            dict(
-                wte=nn.Embedding(config.vocab_size, config.n_embd),
-                wpe=nn.Embedding(config.block_size, config.n_embd),
-                drop=nn.Dropout(config.dropout),
-                h=nn.ModuleList(Block(config) for _ in range(config.n_layer)),
-                ln_f=nn.LayerNorm(config.n_embd),
-            )
+            {
+                "wte": nn.Embedding(config.vocab_size, config.n_embd),
+                "wpe": nn.Embedding(config.block_size, config.n_embd),
+                "drop": nn.Dropout(config.dropout),
+                "h": nn.ModuleList(Block(config) for _ in range(config.n_layer)),
+                "ln_f": nn.LayerNorm(config.n_embd),
+            }
         )
         self.lm_head = nn.Linear(config.n_embd, config.vocab_size, bias=False)
         self.lm_head.weight = self.transformer.wte.weight  # tied (Press & Wolf 2017)
@@ -588,8 +581,8 @@ class GPT(nn.Module):
     def stream(self, idx, max_new_tokens, temperature=1.0, top_k=0, generator=None) -> Iterator[torch.Tensor]:
         """Yields max_new_tokens times the next token of each row, (B, 1), given the rows so far, (B, T) with T >= 1.
 
-        Keys and values of earlier tokens are cached, so a token costs one position's work. When the context is full, its
-        newer half is read again and becomes the start of the next one."""
+        Keys and values of earlier tokens are cached, so a token costs one position's work. When the context is full,
+        its newer half is read again and becomes the start of the next one."""
         size = self.config.block_size
         idx, cache, fresh = idx[:, -size:], [{} for _ in self.transformer.h], idx[:, -size:]
         for _ in range(max_new_tokens):
@@ -607,11 +600,15 @@ class GPT(nn.Module):
 
     def parameter_counts(self) -> dict[str, int]:
         """Parameters by component; the head is the token embedding, so it isn't counted again."""
-        counts = {"token embedding (and head)": 0, "position embedding": 0, "attention": 0, "MLP": 0, "LayerNorm": 0}
+        parts = {
+            ".wte.": "token embedding and head",
+            ".wpe.": "position embedding",
+            ".attn.": "attention",
+            ".mlp.": "MLP",
+        }
+        counts = dict.fromkeys([*parts.values(), "LayerNorm"], 0)
         for name, p in self.named_parameters():
-            parts = {"wte": 0, "wpe": 1, "attn": 2, "mlp": 3}
-            component = next((i for part, i in parts.items() if f".{part}." in name), 4)
-            counts[list(counts)[component]] += p.numel()
+            counts[next((label for part, label in parts.items() if part in name), "LayerNorm")] += p.numel()
         return counts
 
 
@@ -646,6 +643,17 @@ class Runtime:
         if self.amp_dtype is None:
             return contextlib.nullcontext()
         return torch.autocast(self.device.type, self.amp_dtype)
+
+    def describe_device(self) -> str:
+        if self.device.type == "cuda":
+            return f"cuda ({torch.cuda.get_device_name(self.device)})"
+        return f"{self.device.type} ({platform.processor() or platform.machine()}, {torch.get_num_threads()} threads)"
+
+    def describe_precision(self) -> str:
+        if self.amp_dtype is None:
+            return "fp32"
+        name = str(self.amp_dtype).removeprefix("torch.")
+        return f"{name} autocast" + (" with loss scaling" if self.scaler else "")
 
 
 def device_present(name: str) -> bool:
@@ -741,6 +749,7 @@ def leaks_future(model: GPT, runtime: Runtime, seq_len: int) -> bool:
     moved = [t for t in range(seq_len - 4, seq_len) if t > 0]
     for row, t in enumerate(moved, start=2):
         rows[row, t] = (rows[row, t] + 1) % model.config.vocab_size
+    model.eval()
     with runtime.autocast():
         logits = model(rows.to(runtime.device))[0].float().cpu()
     noise = (logits[1] - logits[0]).abs().max()
@@ -751,20 +760,15 @@ def check_causality(model: GPT, runtime: Runtime, seq_len: int) -> str:
     """Makes sure that no token sees a later one, and says how. Raises RunError if nothing helps.
 
     A leak would bring a loss under 0.1 that means nothing."""
-    was_training = model.training
-    model.eval()
-    try:
-        if not leaks_future(model, runtime, seq_len):
-            return "a moved token changed no earlier logit"
-        for block in model.transformer.h:
-            block.attn.explicit_mask = True
-        if not leaks_future(model, runtime, seq_len):
-            return f"is_causal attention leaks future tokens on this {runtime.device.type}: an explicit mask is used instead"
-        runtime.amp_dtype, runtime.scaler = None, None
-        if not leaks_future(model, runtime, seq_len):
-            return f"attention in half precision leaks future tokens on this {runtime.device.type}: fp32 is used instead"
-    finally:
-        model.train(was_training)
+    if not leaks_future(model, runtime, seq_len):
+        return "a moved token changed no earlier logit"
+    for block in model.transformer.h:
+        block.attn.explicit_mask = True
+    if not leaks_future(model, runtime, seq_len):
+        return "is_causal attention leaks future tokens on this device, so an explicit mask takes its place"
+    runtime.amp_dtype, runtime.scaler = None, None
+    if not leaks_future(model, runtime, seq_len):
+        return "attention in half precision leaks future tokens on this device, so fp32 takes its place"
     raise RunError(f"attention leaks future tokens on {runtime.device}, even in fp32: use --device cpu")
 
 
@@ -780,7 +784,7 @@ def build_optimizer(model: GPT, config: TrainConfig) -> torch.optim.AdamW:
         {"params": [p for p in params if p.dim() >= 2], "weight_decay": config.weight_decay},
         {"params": [p for p in params if p.dim() < 2], "weight_decay": 0.0},
     ]
-    options = dict(lr=config.lr, betas=(config.beta1, config.beta2))
+    options = {"lr": config.lr, "betas": (config.beta1, config.beta2)}
     try:
         return torch.optim.AdamW(groups, fused=True, **options)
     except RuntimeError:  # this device has no fused kernel
@@ -813,7 +817,7 @@ def build_scheduler(optimizer: torch.optim.Optimizer, config: TrainConfig, step:
 # Run directory: log, CSV, samples, run.json, checkpoints
 # ======================================================================================================================
 
-CSV_FIELDS = "step epoch tokens loss avg_loss best_loss lr grad_norm tok_per_s elapsed_s".split()
+CSV_FIELDS = ["step", "epoch", "tokens", "loss", "avg_loss", "best_loss", "lr", "grad_norm", "tok_per_s", "elapsed_s"]
 RULE = "=" * 80
 CHECKPOINT_FORMAT = 1  # raised when an older program couldn't read a newer file
 
@@ -857,6 +861,15 @@ class RunDirectory:
     def holds_a_run(self) -> bool:
         return any(path.exists() for path in self.files())
 
+    def owns(self, checkpoint: str) -> bool:
+        return bool(checkpoint) and Path(checkpoint).resolve().parent == self.last.resolve().parent
+
+    def checkpoint_to_resume(self, resume: str) -> Path | None:
+        """The file that `--resume` means; None where there is nothing to go on from."""
+        if resume == "auto":
+            return self.last if self.last.exists() else None
+        return Path(resume) if resume else None
+
     def prepare(self, overwrite: bool) -> None:
         """Makes the folders; with `overwrite`, removes an earlier run's files and nothing else."""
         for path in self.files():
@@ -867,25 +880,21 @@ class RunDirectory:
     def rewind(self, step: int) -> None:
         """Drops rows and samples past a step (and torn rows): the run goes on from there and writes them again."""
         if self.metrics.exists():
-            with open(self.metrics, newline="", encoding="utf-8") as f:
-                rows = [r for r in csv.reader(f) if len(r) == len(CSV_FIELDS) and r[0].isdigit() and int(r[0]) <= step]
-            lines = [",".join(row) + "\n" for row in [CSV_FIELDS, *rows]]
+            rows = [line.split(",") for line in self.metrics.read_text(encoding="utf-8").splitlines()]
+            kept = [r for r in rows if len(r) == len(CSV_FIELDS) and r[0].isdigit() and int(r[0]) <= step]
             with atomic_write(self.metrics) as f:
-                f.write("".join(lines).encode())
+                f.write("".join(",".join(row) + "\n" for row in [CSV_FIELDS, *kept]).encode())
         if self.samples.exists():
             blocks = re.split(rf"^(?={RULE}\nSTEP \d+\n)", self.samples.read_text(encoding="utf-8"), flags=re.M)
-            steps = [re.match(rf"{RULE}\nSTEP (\d+)\n", block) for block in blocks]
-            kept = "".join(b for b, m in zip(blocks, steps) if m is None or int(m[1]) <= step)
+            kept = [b for b in blocks if not (m := re.match(r"=+\nSTEP (\d+)\n", b)) or int(m[1]) <= step]
             with atomic_write(self.samples) as f:
-                f.write(kept.encode())
+                f.write("".join(kept).encode())
 
     def write_row(self, row: dict) -> None:
         new = not self.metrics.exists()
-        with open(self.metrics, "a", newline="", encoding="utf-8") as f:
-            writer = csv.DictWriter(f, CSV_FIELDS, lineterminator="\n")
-            if new:
-                writer.writeheader()
-            writer.writerow(row)
+        cells = [f"{row[k]:.10g}" if isinstance(row[k], float) else str(row[k]) for k in CSV_FIELDS]
+        with open(self.metrics, "a", encoding="utf-8", newline="\n") as f:
+            f.write((",".join(CSV_FIELDS) + "\n" if new else "") + ",".join(cells) + "\n")
 
     def write_samples(self, step: int, texts: Sequence[tuple[str, str]]) -> None:
         """Appends a block; texts are pairs of (prompt, what the model wrote after it)."""
@@ -908,8 +917,9 @@ class TerminalHandler(logging.Handler):
     """Prints messages above the progress bar rather than through it."""
 
     def emit(self, record: logging.LogRecord) -> None:
-        tqdm.write(record.getMessage(), file=sys.stdout)
-        sys.stdout.flush()
+        if record.levelno < logging.ERROR:  # main() says errors on stderr
+            tqdm.write(record.getMessage(), file=sys.stdout)
+            sys.stdout.flush()
 
 
 @contextlib.contextmanager
@@ -947,11 +957,11 @@ def load_checkpoint(path: str | Path) -> dict:
     try:
         content = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
     except FileNotFoundError:
-        raise RunError(f"checkpoint {path} doesn't exist: check the path, or leave --resume out to start anew") from None
+        raise RunError(f"checkpoint {path} doesn't exist: check the path, or leave --resume out") from None
     except (OSError, RuntimeError, EOFError, ValueError, pickle.UnpicklingError) as e:
         raise RunError(
-            f"checkpoint {path} is damaged or isn't a checkpoint ({type(e).__name__}): try best.pt beside it for sampling,"
-            " or start anew with --overwrite"
+            f"checkpoint {path} is damaged or isn't a checkpoint ({type(e).__name__}): best.pt beside it may serve for"
+            " sampling; to start anew, use --overwrite"
         ) from None
     if not isinstance(content, dict) or not {"format", "model", "config", "step"} <= content.keys():
         raise RunError(f"checkpoint {path} isn't of this program: name a last.pt that train.py wrote")
@@ -983,13 +993,258 @@ def now() -> str:
 # ======================================================================================================================
 
 
+class Trainer:
+    """Model, optimizer, schedule and data of a run, and all that is computed with them. Writes no file."""
+
+    def __init__(self, config: TrainConfig, corpus: Corpus, tokenizer: Tokenizer, runtime: Runtime):
+        self.given, self.corpus, self.tokenizer, self.runtime = config, corpus, tokenizer, runtime
+        self.batcher = TokenBatcher(
+            torch.from_numpy(corpus.tokens.astype(np.int32)).to(runtime.device),
+            config.batch_size,
+            config.seq_len,
+            shuffle=config.randomize_batches,
+            seed=config.seed,
+            rank=runtime.rank,
+            world_size=runtime.world_size,
+        )
+        self.batches_per_step = config.grad_accum * runtime.world_size
+        self.config = config.resolved(self.batcher.n_batches, self.batches_per_step)
+        torch.manual_seed(config.seed)
+        shape = {name: getattr(config, name) for name in MODEL_FLAGS}
+        self.model = GPT(GPTConfig(vocab_size=tokenizer.vocab_size, **shape)).to(runtime.device)
+        self.optimizer = build_optimizer(self.model, self.config)
+        self.scheduler = build_scheduler(self.optimizer, self.config)
+        self.forward = self.wrap_model()
+        # The latest training loss of each batch of the corpus, 0 before its first: avg_loss is their mean.
+        self.losses = torch.zeros(self.batcher.n_batches, device=runtime.device)
+        self.step, self.seconds = 0, 0.0  # done by earlier starts of this run
+        self.best_loss = self.best_saved = math.inf  # the lowest avg_loss seen, and the one that best.pt holds
+
+    def wrap_model(self) -> nn.Module:
+        """The model as training calls it. Checkpoints are made from `self.model`, so their names stay GPT-2's."""
+        model = self.model
+        if self.runtime.world_size > 1:
+            torch.manual_seed(self.config.seed + self.runtime.rank)  # each process drops other activations
+            model = nn.parallel.DistributedDataParallel(model)
+        return torch.compile(model) if self.config.compile else model
+
+    # ---- one step ----
+
+    def train_step(self) -> None:
+        """Forward and backward over grad_accum micro-batches, then one update. Waits for no device."""
+        self.model.train()
+        first, losses = self.batcher.position, []
+        for micro in range(self.config.grad_accum):
+            idx, targets = self.batcher.next_batch()
+            if self.runtime.world_size > 1:  # gradients travel once a step, with the last micro-batch
+                self.forward.require_backward_grad_sync = micro == self.config.grad_accum - 1
+            with self.runtime.autocast():
+                loss = self.forward(idx, targets)[1]
+            losses.append(loss.detach())
+            loss = loss / self.config.grad_accum  # so that the summed gradients are those of the mean
+            (self.runtime.scaler.scale(loss) if self.runtime.scaler else loss).backward()
+        self.record_losses(first, torch.stack(losses))
+        self.update_weights()
+
+    def record_losses(self, first: int, losses: torch.Tensor) -> None:
+        """Files each micro-batch's loss under its batch of the corpus, those of the other processes too."""
+        size = self.runtime.world_size
+        all_losses = [losses]
+        if size > 1:
+            all_losses = [torch.empty_like(losses) for _ in range(size)]
+            dist.all_gather(all_losses, losses)
+        for rank, values in enumerate(all_losses):
+            for micro, value in enumerate(values):
+                self.losses[self.batcher.index(first + micro * size + rank)] = value
+        self.step_loss = torch.stack(all_losses).mean()  # over the whole accumulation, not its last micro-batch
+
+    def update_weights(self) -> None:
+        """Clips, steps, and moves the schedule: by attempted steps, so that lr follows `step` alone even where the
+        loss scaler skips one."""
+        scaler, optimizer = self.runtime.scaler, self.optimizer
+        if scaler:
+            scaler.unscale_(optimizer)  # the norm must be of the real gradients
+        self.grad_norm = nn.utils.clip_grad_norm_(self.model.parameters(), self.config.clip_grad or math.inf)
+        self.lr = optimizer.param_groups[0]["lr"]
+        if scaler:
+            scaler.step(optimizer)
+            scaler.update()
+        else:
+            optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        self.step += 1
+        if self.step < self.config.steps:  # there is no rate after the last step: OneCycleLR would bounce up again
+            self.scheduler.step()
+
+    # ---- figures ----
+
+    def ends_pass(self) -> bool:
+        """Was the last batch of a pass in the step just done?"""
+        done, n = self.batcher.position, self.batcher.n_batches
+        return done // n > (done - self.batches_per_step) // n
+
+    def seen_all(self) -> bool:
+        """Has the run had a first full pass, so that avg_loss is of the whole corpus?"""
+        return self.batcher.position >= self.batcher.n_batches
+
+    def avg_loss(self) -> float:
+        """Mean training loss of the last pass: of each batch once (before a first full pass: of those seen)."""
+        seen = max(1, min(self.batcher.position, self.batcher.n_batches))
+        return self.losses.cpu().double().sum().item() / seen
+
+    def tokens(self) -> int:
+        return self.batcher.position * self.batcher.batch_tokens
+
+    def measure(self) -> dict:
+        """The step's figures, as CSV_FIELDS names them. Waits for the device. Raises RunError if they aren't finite."""
+        loss, grad_norm, avg_loss = self.step_loss.item(), self.grad_norm.item(), self.avg_loss()
+        skipped = self.runtime.scaler is not None  # then an infinite gradient only skipped the update
+        if not (math.isfinite(loss) and math.isfinite(avg_loss) and (skipped or math.isfinite(grad_norm))):
+            raise RunError(
+                f"the loss is {loss} and the gradient norm {grad_norm} at step {self.step}: --resume from the"
+                " last checkpoint, which is intact, with a lower --lr or --amp off"
+            )
+        if self.seen_all():
+            self.best_loss = min(self.best_loss, avg_loss)
+        return {
+            "step": self.step,
+            "epoch": self.batcher.position / self.batcher.n_batches,
+            "tokens": self.tokens(),
+            "loss": loss,
+            "avg_loss": avg_loss,
+            "best_loss": self.best_loss if self.seen_all() else avg_loss,
+            "lr": self.lr,
+            "grad_norm": grad_norm,
+        }
+
+    # ---- the proof, and samples: neither changes anything in training ----
+
+    @torch.no_grad()
+    def evaluate(self, poll: Callable[[], None]) -> float:
+        """Mean loss over the corpus in nats per token: the windows of training, eval mode, each target counted once."""
+        self.model.eval()
+        batcher, total = self.batcher, 0.0
+        for i in tqdm(range(batcher.n_batches), desc="proof", leave=False, disable=None):
+            poll()
+            idx, targets = batcher.batch(i)
+            repeated = batcher.repeated(i)
+            targets = targets.flatten().index_fill(0, torch.arange(repeated, device=targets.device), -1)
+            with self.runtime.autocast():
+                total += self.model(idx, targets)[1].item() * (batcher.batch_tokens - repeated)
+        return total / batcher.n_targets
+
+    def prompts(self) -> list[str]:
+        """The given prompt, then openings of passages (what follows a blank line) drawn from the corpus by seed."""
+        passages = [p.strip("\n") for p in re.split(r"\n\s*\n", self.corpus.text) if p.strip()]
+        drawn = random.Random(self.config.seed).sample(passages, min(len(passages), self.config.num_prompts))
+        openings = ["\n".join(p.split("\n")[:2])[:200] + "\n" for p in drawn]
+        return [self.config.prompt or "\n", *openings][: self.config.num_prompts]
+
+    def sample(self, poll: Callable[[], None]) -> list[tuple[str, str]]:
+        """(prompt, continuation) of each prompt, from a random generator of its own."""
+        self.model.eval()
+        config, texts = self.config, []
+        generator = torch.Generator().manual_seed(config.seed + self.step)
+        for prompt in self.prompts():
+            idx = torch.tensor([self.tokenizer.encode(prompt)], device=self.runtime.device)
+            new = []
+            for token in self.model.stream(idx, config.max_new_tokens, config.temperature, config.top_k, generator):
+                poll()
+                new.append(token.item())
+            texts.append((prompt, self.tokenizer.decode(new).rstrip("\ufffd")))  # no half character at the end
+        return texts
+
+    # ---- checkpoints ----
+
+    def weights(self) -> dict:
+        """What is needed to use the model, and to know where it comes from."""
+        return {
+            "format": CHECKPOINT_FORMAT,
+            "model": self.model.state_dict(),
+            "model_config": dataclasses.asdict(self.model.config),
+            "config": dataclasses.asdict(self.given),
+            "step": self.step,
+            "loss": self.avg_loss(),
+            "tokenizer": {"name": self.tokenizer.name, "vocab_size": self.tokenizer.vocab_size},
+            "corpus_sha256": self.corpus.sha256,
+        }
+
+    def state_dict(self) -> dict:
+        """Everything that the next step depends on, in plain dicts and tensors."""
+        return {
+            **self.weights(),
+            "optimizer": self.optimizer.state_dict(),
+            "scheduler": self.scheduler.state_dict(),
+            # A scaler that isn't used has an empty state, which can't be loaded.
+            "scaler": self.runtime.scaler.state_dict() if self.runtime.scaler else None,
+            "batcher": self.batcher.state_dict(),
+            "rng": rng_state(self.runtime.device),
+            "losses": self.losses.cpu(),
+            "best_loss": self.best_loss,
+            "best_saved": self.best_saved,
+            "seconds": self.seconds,
+        }
+
+    def load_state_dict(self, state: dict) -> None:
+        """Goes back to where `state` was taken. Raises UsageError if settings that must stay have changed."""
+        if "optimizer" not in state:
+            raise UsageError(f"{self.given.resume} holds weights only: resume from the last.pt beside it")
+        self.check_same_run(state)
+        self.model.load_state_dict(state["model"])
+        settings = [{k: v for k, v in group.items() if k != "params"} for group in self.optimizer.param_groups]
+        self.optimizer.load_state_dict(state["optimizer"])
+        for group, mine in zip(self.optimizer.param_groups, settings, strict=True):
+            group.update(mine)  # betas and decay of this start's flags, not of the saved ones
+        if self.runtime.scaler and state["scaler"]:
+            self.runtime.scaler.load_state_dict(state["scaler"])
+        self.batcher.load_state_dict(state["batcher"])
+        self.losses.copy_(state["losses"])
+        self.step, self.seconds = state["step"], state["seconds"]
+        self.best_loss, self.best_saved = state["best_loss"], state["best_saved"]
+        if self.step < self.config.steps:
+            self.scheduler = build_scheduler(self.optimizer, self.config, self.step)
+        set_rng_state(state["rng"], self.runtime.device)
+
+    def check_same_run(self, state: dict) -> None:
+        """Raises UsageError with every setting that makes this another run than the checkpoint's."""
+        saved, given = state["config"], dataclasses.asdict(self.given)
+        names = (*MODEL_FLAGS, "tokenizer", "batch_size", "seq_len", "seed", "randomize_batches")
+        problems = [
+            f"{name} {given[name]} conflicts with the checkpoint's {saved[name]}: leave --{name} out, or start anew"
+            " with another --out_dir"
+            for name in names
+            if given[name] != saved[name]
+        ]
+        if state["corpus_sha256"] != self.corpus.sha256:
+            problems.append(
+                f"input_file {self.corpus.path} (SHA-256 {self.corpus.sha256[:12]}...) isn't the checkpoint's"
+                f" text ({state['corpus_sha256'][:12]}...): give that one, or start anew with another --out_dir"
+            )
+        if problems:
+            raise UsageError(*problems)
+
+
+def rng_state(device: torch.device) -> dict[str, torch.Tensor]:
+    """States of the generators that training draws from, which only dropout does after the start."""
+    state = {"cpu": torch.get_rng_state()}
+    if device.type != "cpu":
+        state[device.type] = getattr(torch, device.type).get_rng_state()
+    return state
+
+
+def set_rng_state(state: dict[str, torch.Tensor], device: torch.device) -> None:
+    torch.set_rng_state(state["cpu"])
+    if device.type in state and device.type != "cpu":
+        getattr(torch, device.type).set_rng_state(state[device.type])
+
+
 class Stopped(Exception):
     """A signal asked for the end in the middle of a proof or a sample."""
 
 
 class StopSignals:
-    """While entered, SIGINT and SIGTERM only set `signum`, which the loop polls. A second signal ends the process at
-    once, as the system would have; every file is whole at every moment, so nothing is hurt."""
+    """While entered, SIGINT and SIGTERM only set `signum`, which the loop polls. A second one ends the process at once;
+    every file is whole at every moment, so that hurts nothing."""
 
     def __init__(self):
         self.signum = 0
@@ -1014,337 +1269,64 @@ class StopSignals:
             raise Stopped
 
 
-@dataclass(frozen=True)
-class Metrics:
-    """What a log line and a CSV row say of one step; losses in nats per token."""
-
-    step: int
-    epoch: float
-    tokens: int
-    loss: float
-    avg_loss: float
-    best_loss: float
-    lr: float
-    grad_norm: float
-
-
-@dataclass(frozen=True)
-class TrainResult:
-    """How a run ended. final_loss is None where no proof was made."""
-
-    ended: str
-    steps: int
-    tokens: int
-    seconds: float
-    avg_loss: float
-    best_loss: float
-    final_loss: float | None
-    out_dir: str
-    exit_code: int = 0
-
-
-class Trainer:
-    """Model, optimizer, schedule and data of a run, and everything that is computed with them. Writes no file."""
-
-    def __init__(self, config: TrainConfig, corpus: Corpus, tokenizer: Tokenizer, runtime: Runtime):
-        self.corpus, self.tokenizer, self.runtime = corpus, tokenizer, runtime
-        self.given = config  # as asked for, which is what a checkpoint keeps
-        self.batcher = TokenBatcher(
-            torch.from_numpy(corpus.tokens.astype(np.int32)).to(runtime.device),
-            config.batch_size,
-            config.seq_len,
-            shuffle=config.randomize_batches,
-            seed=config.seed,
-            rank=runtime.rank,
-            world_size=runtime.world_size,
-        )
-        self.batches_per_step = config.grad_accum * runtime.world_size
-        self.config = config.resolved(self.batcher.n_batches, self.batches_per_step)
-        torch.manual_seed(config.seed)
-        shape = {f.name: getattr(config, f.name) for f in dataclasses.fields(GPTConfig) if hasattr(config, f.name)}
-        self.model = GPT(GPTConfig(vocab_size=tokenizer.vocab_size, **shape)).to(runtime.device)
-        self.optimizer = build_optimizer(self.model, self.config)
-        self.scheduler = build_scheduler(self.optimizer, self.config)
-        self.forward = self.wrap_model()
-        # The latest training loss of each batch of the corpus, 0 before its first: avg_loss is their mean.
-        self.losses = torch.zeros(self.batcher.n_batches, device=runtime.device)
-        self.step, self.seconds = 0, 0.0  # done by earlier starts of this run
-        self.best_loss = self.best_saved = math.inf  # the lowest avg_loss seen, and the one that best.pt holds
-
-    def wrap_model(self) -> nn.Module:
-        """The model as training calls it. Checkpoints are made from `self.model`, so their names stay GPT-2's."""
-        model = self.model
-        if self.runtime.world_size > 1:
-            devices = [self.runtime.device] if self.runtime.device.type == "cuda" else None
-            torch.manual_seed(self.config.seed + self.runtime.rank)  # each process drops other activations
-            model = nn.parallel.DistributedDataParallel(model, device_ids=devices)
-        return torch.compile(model) if self.config.compile else model
-
-    # ---- one step ----
-
-    def train_step(self) -> None:
-        """Forward and backward over grad_accum micro-batches, then one update. Waits for no device."""
-        self.model.train()
-        first, losses = self.batcher.position, []
-        for micro in range(self.config.grad_accum):
-            idx, targets = self.batcher.next_batch()
-            if self.runtime.world_size > 1:  # gradients travel once a step, with the last micro-batch
-                self.forward.require_backward_grad_sync = micro == self.config.grad_accum - 1
-            with self.runtime.autocast():
-                loss = self.forward(idx, targets)[1]
-            losses.append(loss.detach())
-            loss = loss / self.config.grad_accum  # so that the summed gradients are those of the mean
-            (self.runtime.scaler.scale(loss) if self.runtime.scaler else loss).backward()
-        self.record_losses(first, torch.stack(losses))
-        self.update_weights()
-
-    def record_losses(self, first: int, losses: torch.Tensor) -> None:
-        """Files each micro-batch's loss under its batch of the corpus, those of the other processes too."""
-        size = self.runtime.world_size
-        all_losses = [torch.empty_like(losses) for _ in range(size)] if size > 1 else [losses]
-        if size > 1:
-            dist.all_gather(all_losses, losses)
-        for rank, values in enumerate(all_losses):
-            for micro, value in enumerate(values):
-                self.losses[self.batcher.index(first + micro * size + rank)] = value
-        self.step_loss = torch.stack(all_losses).mean()
-
-    def update_weights(self) -> None:
-        """Clips, steps, and moves the schedule: by attempted steps, so that lr follows `step` alone even where the
-        loss scaler skips one."""
-        scaler, optimizer = self.runtime.scaler, self.optimizer
-        if scaler:
-            scaler.unscale_(optimizer)  # the norm must be of the real gradients
-        limit = self.config.clip_grad or math.inf
-        self.grad_norm = nn.utils.clip_grad_norm_(self.model.parameters(), limit)
-        self.lr = optimizer.param_groups[0]["lr"]
-        if scaler:
-            scaler.step(optimizer)
-            scaler.update()
-        else:
-            optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
-        self.step += 1
-        if self.step < self.config.steps:  # there is no rate after the last step: OneCycleLR would bounce up again
-            self.scheduler.step()
-
-    def ends_pass(self) -> bool:
-        """Was the last batch of a pass in the step just done?"""
-        done, n = self.batcher.position, self.batcher.n_batches
-        return done // n > (done - self.batches_per_step) // n
-
-    def seen_all(self) -> bool:
-        """Has the run had a first full pass, so that avg_loss is of the whole corpus?"""
-        return self.batcher.position >= self.batcher.n_batches
-
-    def avg_loss(self) -> float:
-        """Mean training loss of the last pass: of each batch once (before a first full pass: of those seen)."""
-        seen = max(1, min(self.batcher.position, self.batcher.n_batches))
-        return self.losses.cpu().double().sum().item() / seen
-
-    def measure(self) -> Metrics:
-        """Reads the step's figures, which waits for the device. Raises RunError when they aren't finite."""
-        done, n = self.batcher.position, self.batcher.n_batches
-        loss, grad_norm, avg_loss = self.step_loss.item(), self.grad_norm.item(), self.avg_loss()
-        skipped = self.runtime.scaler is not None  # then an infinite gradient only skipped the update
-        if not (math.isfinite(loss) and math.isfinite(avg_loss) and (skipped or math.isfinite(grad_norm))):
-            raise RunError(
-                f"the loss is {loss} and the gradient norm {grad_norm} at step {self.step}: lower --lr, raise"
-                " --warmup_steps, or use --amp off, and --resume from the last checkpoint, which is intact"
-            )
-        if self.seen_all():
-            self.best_loss = min(self.best_loss, avg_loss)
-        best_loss = self.best_loss if self.seen_all() else avg_loss
-        tokens = done * self.batcher.batch_tokens
-        return Metrics(self.step, done / n, tokens, loss, avg_loss, best_loss, self.lr, grad_norm)
-
-    # ---- the proof, and samples: neither changes anything in training ----
-
-    @torch.no_grad()
-    def evaluate(self, poll: Callable[[], None]) -> float:
-        """Mean loss over the corpus in nats per token: the windows of training, eval mode, each target counted once."""
-        self.model.eval()
-        batcher, losses, counts = self.batcher, [], []
-        for i in tqdm(range(batcher.n_batches), desc="proof", leave=False, disable=None):
-            poll()
-            idx, targets = batcher.batch(i)
-            targets = targets.flatten().clone()
-            targets[: batcher.repeated(i)] = -1
-            with self.runtime.autocast():
-                losses.append(self.model(idx, targets)[1])
-            counts.append(batcher.batch_tokens - batcher.repeated(i))
-        per_batch = torch.stack(losses).cpu().double()
-        return (per_batch * torch.tensor(counts)).sum().item() / sum(counts)
-
-    def prompts(self) -> list[str]:
-        """The given prompt, then openings of passages (what follows a blank line) drawn from the corpus by seed."""
-        passages = [p for p in re.split(r"\n\s*\n", self.corpus.text) if p.strip()]
-        drawn = random.Random(self.config.seed).sample(passages, min(len(passages), self.config.num_prompts))
-        openings = ["\n".join(p.lstrip("\n").split("\n")[:2])[:200] + "\n" for p in drawn]
-        return [self.config.prompt or "\n", *openings][: self.config.num_prompts]
-
-    def sample(self, poll: Callable[[], None]) -> list[tuple[str, str]]:
-        """(prompt, continuation) of each prompt, from a random generator of its own."""
-        self.model.eval()
-        config = self.config
-        generator = torch.Generator().manual_seed(config.seed + self.step)
-        texts = []
-        for prompt in self.prompts():
-            idx = torch.tensor([self.tokenizer.encode(prompt)], device=self.runtime.device)
-            new = []
-            for token in self.model.stream(idx, config.max_new_tokens, config.temperature, config.top_k, generator):
-                poll()
-                new.append(token.item())
-            texts.append((prompt, self.tokenizer.decode(new).rstrip("\ufffd")))  # no half character at the end
-        return texts
-
-    # ---- checkpoints ----
-
-    def state_dict(self) -> dict:
-        """Everything that the next step depends on, in plain dicts and tensors."""
-        runtime = self.runtime
-        return {
-            **self.weights(),
-            "optimizer": self.optimizer.state_dict(),
-            "scheduler": self.scheduler.state_dict(),
-            "scaler": runtime.scaler.state_dict() if runtime.scaler else None,
-            "batcher": self.batcher.state_dict(),
-            "rng": rng_state(runtime.device),
-            "losses": self.losses.cpu(),
-            "best_loss": self.best_loss,
-            "best_saved": self.best_saved,
-        }
-
-    def weights(self) -> dict:
-        """What is needed to use the model, and to know where it comes from."""
-        return {
-            "format": CHECKPOINT_FORMAT,
-            "model": self.model.state_dict(),
-            "model_config": dataclasses.asdict(self.model.config),
-            "config": dataclasses.asdict(self.given),
-            "step": self.step,
-            "tokenizer": {"name": self.tokenizer.name, "vocab_size": self.tokenizer.vocab_size},
-            "corpus_sha256": self.corpus.sha256,
-        }
-
-    def load_state_dict(self, state: dict) -> None:
-        """Goes back to where `state` was taken. Raises UsageError if settings that must stay have changed."""
-        if "optimizer" not in state:
-            raise UsageError(f"{self.given.resume} holds weights only: resume from the last.pt beside it")
-        self.check_same_run(state)
-        self.model.load_state_dict(state["model"])
-        self.optimizer.load_state_dict(state["optimizer"])
-        for group in self.optimizer.param_groups:  # the flags of this start win over those of the saved one
-            group["betas"] = (self.config.beta1, self.config.beta2)
-            group["weight_decay"] = self.config.weight_decay if group["params"][0].dim() >= 2 else 0.0
-        if self.runtime.scaler and state["scaler"]:
-            self.runtime.scaler.load_state_dict(state["scaler"])
-        self.batcher.load_state_dict(state["batcher"])
-        self.losses.copy_(state["losses"])
-        self.step, self.seconds = state["step"], state["seconds"]
-        self.best_loss, self.best_saved = state["best_loss"], state["best_saved"]
-        if self.step < self.config.steps:
-            self.scheduler = build_scheduler(self.optimizer, self.config, self.step)
-        set_rng_state(state["rng"], self.runtime.device)
-
-    def check_same_run(self, state: dict) -> None:
-        saved, problems = state["config"], []
-        for name in (*(f.name for f in dataclasses.fields(GPTConfig)), "tokenizer", "batch_size", "seq_len"):
-            if name in saved and saved[name] != (mine := getattr(self.given, name)) and name != "dropout":
-                problems.append(
-                    f"{name} {mine} conflicts with the checkpoint's {saved[name]}: leave --{name} out to resume, or"
-                    " choose another --out_dir to start anew"
-                )
-        if state["corpus_sha256"] != self.corpus.sha256:
-            problems.append(
-                f"input_file {self.corpus.path} (SHA-256 {self.corpus.sha256[:12]}...) isn't the text that the checkpoint"
-                f" was trained on ({state['corpus_sha256'][:12]}...): give that text, or choose another --out_dir"
-            )
-        if problems:
-            raise UsageError(*problems)
-
-
-def rng_state(device: torch.device) -> dict:
-    """States of the generators that training draws from: initial weights and dropout."""
-    state = {"cpu": torch.get_rng_state()}
-    if device.type == "cuda":
-        state["cuda"] = torch.cuda.get_rng_state(device)
-    elif device.type == "mps":
-        state["mps"] = torch.mps.get_rng_state()
-    return state
-
-
-def set_rng_state(state: dict, device: torch.device) -> None:
-    torch.set_rng_state(state["cpu"])
-    if device.type == "cuda" and "cuda" in state:
-        torch.cuda.set_rng_state(state["cuda"], device)
-    elif device.type == "mps" and "mps" in state:
-        torch.mps.set_rng_state(state["mps"])
-
-
 class Loop:
     """Drives a Trainer to the end of its run, and keeps the run directory."""
 
-    def __init__(self, trainer: Trainer, run: RunDirectory, log: logging.Logger, stop: StopSignals, command: str):
-        self.trainer, self.run_dir, self.log, self.stop = trainer, run, log, stop
-        self.alone = trainer.runtime.world_size == 1
-        self.main = trainer.runtime.rank == 0
-        self.poll = stop.poll if self.alone else lambda: None  # of several processes none may leave by itself
-        self.command = command
-        self.final_loss: float | None = None
-        self.next_proof = 0  # the step before which a failed proof isn't tried again
+    def __init__(self, trainer: Trainer, run_dir: RunDirectory, log: logging.Logger, stop: StopSignals, command: str):
+        self.trainer, self.run_dir, self.log, self.stop, self.command = trainer, run_dir, log, stop, command
+        self.alone, self.main = trainer.runtime.world_size == 1, trainer.runtime.rank == 0
+        self.poll = stop.poll if self.alone else lambda: None  # of several processes, none may leave by itself
         self.started_at = self.saved_step = self.logged_step = trainer.step
-        self.window_start, self.window_tokens = time.monotonic(), self.tokens()
-        self.clock_start = time.monotonic() - trainer.seconds  # earlier starts of this run count too
-        self.start_time = now()
-        self.seconds_at_proof = 0.0
+        self.next_proof = 0  # the step before which a failed proof isn't tried again
+        self.final_loss: float | None = None
+        self.seconds_at_target: float | None = None
+        self.start_time, self.clock_start = now(), time.monotonic() - trainer.seconds
+        self.window_start, self.window_tokens = time.monotonic(), trainer.tokens()
 
     def seconds(self) -> float:
+        """Time of this run so far, earlier starts included."""
         return time.monotonic() - self.clock_start
-
-    def tokens(self) -> int:
-        return self.trainer.batcher.position * self.trainer.batcher.batch_tokens
 
     # ---- from start to end ----
 
-    def run(self) -> TrainResult:
-        """Trains to the end, whatever it is, and leaves a complete run directory. Raises RunError on a fault."""
+    def run(self) -> dict:
+        """Trains to the end, whatever it is, and returns what run.json then says. Raises RunError on a fault."""
         self.announce()
         if reason := self.nothing_to_do():
-            self.log.info(reason)
-            return self.result("nothing to do")
+            self.log.info(f"Nothing to do: {reason}")
+            return self.record("nothing to do")
         self.write_record(None)
         try:
             try:
-                ended = self.train_steps()
-                ended = self.finish(ended)
+                ended = self.finish(self.train_steps())
             except Stopped:
                 ended = self.finish("interrupted")
         except BaseException as e:
             ended = f"failed: {e if isinstance(e, RunError) else f'{type(e).__name__}: {e}'}"
             self.log.error(ended)
-            self.write_record(ended)
+            with contextlib.suppress(OSError):  # the disk may be what failed
+                self.write_record(ended)
             raise
-        self.write_record(ended)
-        return self.result(ended)
+        return self.write_record(ended)
 
     def train_steps(self) -> str:
         """Steps until the target is proven, the steps are done, or a signal came: returns which."""
         t, config = self.trainer, self.trainer.config
-        in_step = self.trainer.runtime.device.type == "cpu"  # results are there at once: reading them waits for nothing
+        free_to_read = t.runtime.device.type == "cpu"  # there, reading a result waits for nothing
+        self.window_start = time.monotonic()
         with tqdm(total=config.steps, initial=t.step, unit="step", disable=None if self.main else True) as bar:
             while t.step < config.steps:
                 t.train_step()
                 bar.update()
                 log_now = t.step in (1, config.steps) or t.step % config.log_every == 0
-                if synced := log_now or in_step or t.ends_pass():
-                    metrics = t.measure()
-                    self.show_progress(bar, metrics)
+                if read := log_now or free_to_read or t.ends_pass():
+                    row = t.measure()
+                    bar.set_postfix_str("loss {loss:.3f}, avg {avg_loss:.3f}, lr {lr:.1e}".format(**row), refresh=False)
                     if log_now:
-                        self.log_step(metrics)
-                    if self.target_proven(metrics.avg_loss):
+                        self.log_step(row)
+                    if self.target_proven(row["avg_loss"]):
                         return "target reached"
-                if self.stop_requested(synced):
+                if self.stop_requested(read):
                     return "interrupted"
                 if t.step % config.save_every == 0:
                     self.save()
@@ -1353,7 +1335,7 @@ class Loop:
         return "steps done"
 
     def finish(self, ended: str) -> str:
-        """Last checkpoint, row, proof and sample, in the order of what would be missed most. Returns how it ended."""
+        """Last checkpoint, row, proof and sample, in the order of what would be missed most."""
         self.save()
         if ended != "interrupted":
             if self.logged_step != self.trainer.step:
@@ -1364,39 +1346,36 @@ class Loop:
         self.summarize(ended)
         return ended
 
-    def stop_requested(self, synced: bool) -> bool:
-        """Did a signal come? Several processes agree on it, where they wait for each other anyway."""
-        if self.alone:
-            return bool(self.stop.signum)
-        if not synced:
-            return False
-        flag = torch.tensor(float(self.stop.signum), device=self.trainer.runtime.device)
-        dist.all_reduce(flag, dist.ReduceOp.MAX)
-        self.stop.signum = int(flag.item())
-        return bool(self.stop.signum)
+    def stop_requested(self, waiting: bool) -> bool:
+        """Did a signal come? Several processes agree on it, but only where they wait for each other anyway."""
+        if not self.alone and waiting:
+            signum = torch.tensor(float(self.stop.signum), device=self.trainer.runtime.device)
+            dist.all_reduce(signum, dist.ReduceOp.MAX)
+            self.stop.signum = int(signum.item())
+        return bool(self.stop.signum) and (self.alone or waiting)
 
     def nothing_to_do(self) -> str:
         """Why a resumed run is over already, or ''."""
         t = self.trainer
         if t.step >= t.config.steps:
-            return f"nothing to do: all {t.config.steps} steps are done; to train on, give more --steps"
+            return f"all {t.config.steps} steps are done; to train on, give more --steps"
         if t.step and self.target_proven(t.avg_loss()):
-            return f"nothing to do: the loss is under target_loss {t.config.target_loss}; to train on, lower --target_loss"
+            return f"the loss is under target_loss {t.config.target_loss}; to train on, lower --target_loss"
         return ""
 
     # ---- early stop ----
 
     def target_proven(self, avg_loss: float) -> bool:
-        """The stopping rule: avg_loss under the target over a full pass, then the proof under it too."""
+        """The stopping rule: avg_loss under the target over a full pass, then final_loss under it too."""
         t, target = self.trainer, self.trainer.config.target_loss
         if not t.seen_all() or avg_loss >= target or t.step < self.next_proof:
             return False
-        self.seconds_at_proof = self.seconds()
+        self.seconds_at_target = self.seconds()
         self.save()  # before the proof, so that a fault there loses nothing
         self.log.info(f"avg_loss {avg_loss:.6f} is under {target}: proving it over the whole corpus")
         if self.prove() < target:
             return True
-        self.log.info("the proof isn't under the target: training goes on, and it is tried again after another pass")
+        self.log.info("The proof isn't under the target: training goes on, and it is tried again a pass later")
         self.final_loss = None
         self.next_proof = t.step + math.ceil(t.batcher.n_batches / t.batches_per_step)
         return False
@@ -1407,32 +1386,23 @@ class Loop:
         if not self.alone:
             dist.broadcast_object_list(found, src=0)
         self.final_loss = found[0]
-        self.log.info(
-            f"final_loss {self.final_loss:.6f} (eval mode, all {self.trainer.batcher.n_targets:,} targets once)"
-        )
+        targets = self.trainer.batcher.n_targets
+        self.log.info(f"final_loss {self.final_loss:.6f} (eval mode, each of {targets:,} targets once)")
         return self.final_loss
 
     # ---- what a run leaves behind ----
 
-    def log_step(self, m: Metrics) -> None:
+    def log_step(self, row: dict) -> None:
         """A log line and a CSV row. tok/s is over the wall clock since the last one, saves and samples included."""
-        elapsed = max(time.monotonic() - self.window_start, 1e-9)
-        rate = (m.tokens - self.window_tokens) / elapsed
-        self.window_start, self.window_tokens, self.logged_step = time.monotonic(), m.tokens, m.step
+        moment = time.monotonic()
+        rate = (row["tokens"] - self.window_tokens) / max(moment - self.window_start, 1e-9)
+        self.window_start, self.window_tokens, self.logged_step = moment, row["tokens"], row["step"]
         self.log.info(
-            f"step {m.step}/{self.trainer.config.steps} | loss {m.loss:.6f} | lr {m.lr:.2e} | tok/s {rate:.1f}"
-            f" | avg_loss {m.avg_loss:.6f} | grad_norm {m.grad_norm:.3f} | epoch {m.epoch:.3f}"
+            "step {step}/{steps} | loss {loss:.6f} | lr {lr:.2e} | tok/s {rate:.1f} | avg_loss {avg_loss:.6f}"
+            " | grad_norm {grad_norm:.3f} | epoch {epoch:.3f}".format(**row, steps=self.trainer.config.steps, rate=rate)
         )
-        row = {k: f"{v:.6g}" if isinstance(v, float) else v for k, v in dataclasses.asdict(m).items()}
-        row |= {name: f"{getattr(m, name):.6f}" for name in ("epoch", "loss", "avg_loss", "best_loss")}
         if self.main:
-            self.run_dir.write_row(row | {"tok_per_s": f"{rate:.1f}", "elapsed_s": f"{self.seconds():.3f}"})
-
-    def show_progress(self, bar: tqdm, m: Metrics) -> None:
-        rate = (m.tokens - self.window_tokens) / max(time.monotonic() - self.window_start, 1e-9)
-        bar.set_postfix_str(
-            f"loss {m.loss:.3f} avg {m.avg_loss:.3f} lr {m.lr:.1e}" + (f" {rate:.0f} tok/s" if rate else ""), refresh=False
-        )
+            self.run_dir.write_row({**row, "tok_per_s": round(rate, 1), "elapsed_s": round(self.seconds(), 3)})
 
     def save(self) -> None:
         """last.pt, and best.pt if this is the lowest avg_loss at a save so far."""
@@ -1440,139 +1410,117 @@ class Loop:
         if self.saved_step == t.step:
             return
         t.measure()  # never let broken weights take the place of good ones
-        self.saved_step = t.step
+        self.saved_step, t.seconds = t.step, self.seconds()
         if not self.main:
             return
         if t.seen_all() and t.avg_loss() < t.best_saved:
             t.best_saved = t.avg_loss()
-            save_checkpoint(self.run_dir.best, {**t.weights(), "loss": t.best_saved})
-        save_checkpoint(self.run_dir.last, {**t.state_dict(), "seconds": self.seconds()})
+            save_checkpoint(self.run_dir.best, t.weights())
+        save_checkpoint(self.run_dir.last, t.state_dict())
 
     def write_samples(self) -> None:
-        if self.main:
+        """Appends to samples.txt what the model writes now, and shows it."""
+        if self.main and self.trainer.config.num_prompts:
             texts = self.trainer.sample(self.poll)
             self.run_dir.write_samples(self.trainer.step, texts)
             for prompt, text in texts:
                 tqdm.write(f"--- sample at step {self.trainer.step} ---\n{prompt}{text}\n", file=sys.stdout)
 
-    def write_record(self, ended: str | None) -> None:
-        """run.json: what this run is, and, once it is over, how it ended. A resumed run keeps its first start."""
-        if not self.main:
-            return
-        t, earlier = self.trainer, self.run_dir.read_record() if self.started_at else {}
-        proven = ended == "target reached"
-        record = {
-            "command": earlier.get("command", self.command),
-            "resumed": earlier.get("resumed", []) + ([self.command] if self.started_at and ended is None else []),
+    def record(self, ended: str | None) -> dict:
+        """What run.json says: what this run is and, once it is over, how it ended (None: it isn't)."""
+        t = self.trainer
+        reached = ended == "target reached"
+        return {
+            "command": self.command,
             "config": dataclasses.asdict(t.config),
             "seed": t.config.seed,
             "versions": versions(),
-            "device": describe_device(t.runtime.device),
-            "precision": describe_precision(t.runtime),
+            "device": t.runtime.describe_device(),
+            "precision": t.runtime.describe_precision(),
             "processes": t.runtime.world_size,
             "git_commit": git_commit(),
             "corpus": {"file": t.corpus.path, "sha256": t.corpus.sha256, "tokens": len(t.corpus.tokens)},
             "parameters": sum(t.model.parameter_counts().values()),
-            "start": earlier.get("start") or self.start_time,
+            "start": self.start_time,
             "end": now() if ended else None,
             "ended": ended,
             "steps": t.step,
-            "tokens": self.tokens(),
+            "tokens": t.tokens(),
             "seconds": round(self.seconds(), 3),
             "avg_loss": t.avg_loss() if t.step else None,
             "best_loss": t.best_loss if t.seen_all() else None,
-            "final_loss": self.final_loss,
             "target_loss": t.config.target_loss,
-            "tokens_to_target": self.tokens() if proven else None,
-            "seconds_to_target": round(self.seconds_at_proof, 3) if proven else None,
+            "final_loss": self.final_loss,
+            "tokens_to_target": t.tokens() if reached else None,
+            "seconds_to_target": round(self.seconds_at_target, 3) if reached else None,
+            "exit_code": 128 + self.stop.signum if ended == "interrupted" else 0,
         }
-        self.run_dir.write_record(record)
 
-    # ---- what the terminal shows ----
+    def write_record(self, ended: str | None) -> dict:
+        """Writes run.json; a resumed run keeps its first command and start, and lists the commands that followed."""
+        record = self.record(ended)
+        if self.started_at and (first := self.run_dir.read_record()):
+            resumed = first.get("resumed", [])
+            record |= {"command": first["command"], "start": first["start"]}
+            record["resumed"] = [*resumed, self.command] if ended is None else resumed
+        if self.main:
+            self.run_dir.write_record(record)
+        return record
 
     def announce(self) -> None:
         """The log's opening: all that decides the run."""
         t, c = self.trainer, self.trainer.config
-        batcher, counts = t.batcher, t.model.parameter_counts()
+        counts = t.model.parameter_counts()
         total = sum(counts.values())
-        step_tokens = t.batches_per_step * batcher.batch_tokens
-        self.log.info(f"Device: {describe_device(t.runtime.device)}")
-        self.log.info(f"Precision: {describe_precision(t.runtime)}: {t.runtime.reason}")
-        self.log.info(f"Args: {json.dumps(dataclasses.asdict(c), ensure_ascii=False)}")
-        self.log.info(f"Parameters: {total:,} ({4 * total / 1e6:.1f} MB in fp32)")
-        self.log.info("Parameters by component: " + ", ".join(f"{k} {v:,}" for k, v in counts.items()))
-        self.log.info(f"Corpus: {t.corpus.path} | {len(t.corpus.text):,} characters | {'; '.join(t.corpus.notes)}")
-        self.log.info(f"Tokens: {len(t.corpus.tokens):,} | a pass is {batcher.n_batches:,} batches")
-        self.log.info(
-            f"Tokens per step: {step_tokens:,} (batch_size {c.batch_size} x seq_len {c.seq_len} x grad_accum"
-            f" {c.grad_accum} x processes {t.runtime.world_size})"
-        )
-        self.log.info(f"Causality: {check_causality(t.model, t.runtime, c.seq_len)}")
+        for line in (
+            f"Device: {t.runtime.describe_device()}",
+            f"Precision: {t.runtime.describe_precision()}, because {t.runtime.reason}",
+            f"Args: {json.dumps(dataclasses.asdict(c), ensure_ascii=False)}",
+            f"Parameters: {total:,} ({4 * total / 1e6:.1f} MB in fp32)",
+            "Parameters by component: " + ", ".join(f"{name} {count:,}" for name, count in counts.items()),
+            f"Corpus: {t.corpus.path}, {len(t.corpus.text):,} characters; " + "; ".join(t.corpus.notes),
+            f"Tokens: {len(t.corpus.tokens):,} in {t.batcher.n_batches:,} batches a pass",
+            f"Tokens per step: {t.batches_per_step * t.batcher.batch_tokens:,} (batch_size {c.batch_size} x seq_len"
+            f" {c.seq_len} x grad_accum {c.grad_accum} x processes {t.runtime.world_size})",
+            f"Causality: {check_causality(t.model, t.runtime, c.seq_len)}",
+        ):
+            self.log.info(line)
         if self.started_at:
-            self.log.info(f"Resumed: step {t.step} | {self.tokens():,} tokens | avg_loss {t.avg_loss():.6f}")
+            self.log.info(f"Resumed: step {t.step}, {t.tokens():,} tokens, avg_loss {t.avg_loss():.6f}")
 
     def summarize(self, ended: str) -> None:
         """The log's closing: how it ended, and what to type next."""
-        t, run = self.trainer, self.run_dir
+        t, last, best = self.trainer, self.run_dir.last, self.run_dir.best
         final = "not computed" if self.final_loss is None else f"{self.final_loss:.6f}"
+        more = f" --steps {2 * t.config.steps}" if ended == "steps done" else ""
         self.log.info(f"Ended: {ended} at step {t.step} of {t.config.steps}")
-        self.log.info(f"Trained: {self.tokens():,} tokens in {self.seconds():.1f} s")
-        self.log.info(f"Loss: avg_loss {t.avg_loss():.6f} | final_loss {final} | target {t.config.target_loss}")
-        self.log.info(f"Checkpoints: {run.last}" + (f", {run.best}" if run.best.exists() else ""))
-        if ended == "target reached":
-            self.log.info(f"Samples: {run.samples}")
-            self.log.info(f"Next: python sample.py --checkpoint {shlex.quote(str(run.best))}")
-        else:
-            more = f" --steps {2 * t.config.steps}" if ended == "steps done" else ""
-            self.log.info(f"Next: python train.py --resume {shlex.quote(str(run.last))}{more}")
-
-    def result(self, ended: str) -> TrainResult:
-        t = self.trainer
-        return TrainResult(
-            ended=ended,
-            steps=t.step,
-            tokens=self.tokens(),
-            seconds=self.seconds(),
-            avg_loss=t.avg_loss(),
-            best_loss=t.best_loss,
-            final_loss=self.final_loss,
-            out_dir=str(self.run_dir.root),
-            exit_code=128 + self.stop.signum if ended == "interrupted" else 0,
-        )
+        self.log.info(f"Trained: {t.tokens():,} tokens in {self.seconds():.1f} s")
+        self.log.info(f"Loss: avg_loss {t.avg_loss():.6f}, final_loss {final}, target_loss {t.config.target_loss}")
+        self.log.info(f"Checkpoints: {last}" + (f", {best}" if best.exists() else ""))
+        if ended != "target reached":
+            self.log.info(f"To train on: python train.py --resume {shlex.quote(str(last))}{more}")
+        self.log.info(f"To sample: python sample.py --checkpoint {shlex.quote(str(best if best.exists() else last))}")
 
 
-def describe_device(device: torch.device) -> str:
-    if device.type == "cuda":
-        return f"cuda ({torch.cuda.get_device_name(device)})"
-    chip = platform.processor() or platform.machine()
-    return f"{device.type} ({chip}, {torch.get_num_threads()} threads)" if device.type == "cpu" else f"mps ({chip})"
-
-
-def describe_precision(runtime: Runtime) -> str:
-    if runtime.amp_dtype is None:
-        return "fp32"
-    return f"{str(runtime.amp_dtype).removeprefix('torch.')} autocast" + (" with loss scaling" if runtime.scaler else "")
-
-
-def train(config: TrainConfig, command: str = "") -> TrainResult:
-    """Trains as configured and returns how that ended; `command` goes into run.json.
+def train(config: TrainConfig, command: str = "") -> dict:
+    """Trains as configured and returns what run.json then says; `command` goes into it.
 
     Raises UsageError, before anything is written, for settings or input that can't work; RunError for a fault later."""
     config.validate()
-    run = RunDirectory(config.out_dir)
+    run_dir = RunDirectory(config.out_dir)
     runtime = start_runtime(config)
     try:
         tokenizer = load_tokenizer(config.tokenizer)
         trainer = Trainer(config, load_corpus(config.input_file, tokenizer, config.cache_dir), tokenizer, runtime)
-        if config.resume:
-            trainer.load_state_dict(load_checkpoint(config.resume))
+        if path := run_dir.checkpoint_to_resume(config.resume):
+            trainer.load_state_dict(load_checkpoint(path))
         if runtime.rank == 0:
-            run.prepare(config.overwrite)
-            run.rewind(trainer.step)
-        with open_log(run, runtime.rank == 0) as log, StopSignals() as stop, warnings.catch_warnings():
+            run_dir.prepare(config.overwrite)
+            run_dir.rewind(trainer.step)
+        with open_log(run_dir, runtime.rank == 0) as log, StopSignals() as stop, warnings.catch_warnings():
             # Where the loss scaler skips the very first step, the schedule does move first, and should.
             warnings.filterwarnings("ignore", message="Detected call of `lr_scheduler.step")
-            return Loop(trainer, run, log, stop, command).run()
+            return Loop(trainer, run_dir, log, stop, command).run()
     finally:
         if dist.is_initialized():
             dist.destroy_process_group()
@@ -1592,39 +1540,33 @@ class Parser(argparse.ArgumentParser):
 
 def build_parser() -> Parser:
     """Flags from TrainConfig. Values stay text here: read_flags converts them and collects what doesn't fit."""
-    summary, _, examples = __doc__.partition("\n\n")
-    parser = Parser(
-        prog="train.py",
-        description=summary,
-        epilog="examples:\n" + examples.split("\n\n")[0],
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
-    )
-    target = parser
-    for f in dataclasses.fields(TrainConfig):
+    summary, examples = __doc__.split("\n\n")[:2]
+    style = argparse.RawDescriptionHelpFormatter
+    parser = Parser("train.py", None, summary, f"examples:\n{examples}", formatter_class=style, allow_abbrev=False)
+    group = parser
+    for f in FIELDS.values():
         if f.metadata["group"]:
-            target = parser.add_argument_group(f.metadata["group"])
+            group = parser.add_argument_group(f.metadata["group"])
         text = f.metadata["help"] + (f" (default: {f.default!r})" if f.default not in (None, "", False) else "")
-        options = dict(default=argparse.SUPPRESS, help=text.replace("%", "%%"))
+        options = {"default": argparse.SUPPRESS, "help": text}
         if f.type == "bool":
-            target.add_argument(f"--{f.name}", action=argparse.BooleanOptionalAction, **options)
+            group.add_argument(f"--{f.name}", action=argparse.BooleanOptionalAction, **options)
         else:
-            names = [c for c in f.metadata.get("choices", ()) if c]
-            metavar = "{" + ",".join(names) + "}" if names else f.type.split()[0].upper()
-            target.add_argument(f"--{f.name}", metavar=metavar, **options)
+            choices = ",".join(c for c in f.metadata.get("choices", ()) if c)
+            metavar = f"{{{choices}}}" if choices else f.type.split()[0].upper()
+            group.add_argument(f"--{f.name}", metavar=metavar, **options)
     return parser
 
 
 def read_flags(argv: Sequence[str]) -> tuple[dict, list[str]]:
     """(the settings given, converted; a sentence for each flag that couldn't be read)."""
-    fields = {f.name: f for f in dataclasses.fields(TrainConfig)}
-    takes_value = {f"--{name}" for name, f in fields.items() if f.type != "bool"}
-    joined, problems, rest = [], [], list(argv)
+    joined, problems, given, rest = [], [], {}, list(argv)
     while rest:  # "--lr -1" -> "--lr=-1", so that a negative number isn't taken for a flag
         arg = rest.pop(0)
-        if arg in takes_value:
+        if (f := FIELDS.get(arg.removeprefix("--"))) and arg.startswith("--") and f.type != "bool":
             if not rest or rest[0].startswith("--"):
-                problems.append(f"{arg} needs a value: python train.py --help lists them")
+                problems.append(f"{arg} needs a value: python train.py --help says which")
+                given[f.name] = f.default or 100  # for the checks that follow
                 continue
             arg = f"{arg}={rest.pop(0)}"
         joined.append(arg)
@@ -1632,31 +1574,24 @@ def read_flags(argv: Sequence[str]) -> tuple[dict, list[str]]:
         namespace, unknown = build_parser().parse_known_args(joined)
     except UsageError as e:
         return {}, [*problems, *e.problems]
-    problems += unknown_flags(unknown, list(fields))
-    given = {}
+    problems += unknown_flags(unknown)
     for name, text in vars(namespace).items():
         try:
-            given[name] = convert(fields[name].type, text)
+            convert = {"int": int, "float": float}.get(FIELDS[name].type.split()[0], lambda value: value)
+            given[name] = convert(text)
         except ValueError:
-            problems.append(f"{name} {text!r} isn't a number: use something like --{name} {fields[name].default or 100}")
+            kind = "a whole number" if FIELDS[name].type.startswith("int") else "a number"
+            given[name] = FIELDS[name].default or 100  # for the checks that follow
+            problems.append(f"{name} {text!r} isn't {kind}: use something like --{name} {given[name]}")
     return given, problems
 
 
-def convert(kind: str, text):
-    """A flag's text -> its value. Raises ValueError."""
-    if kind.startswith("int"):
-        return int(text)
-    if kind.startswith("float"):
-        return float(text)
-    return text  # str, or bool from argparse itself
-
-
-def unknown_flags(unknown: Sequence[str], names: list[str]) -> Iterator[str]:
+def unknown_flags(unknown: Sequence[str]) -> Iterator[str]:
+    """A sentence for each argument that is no flag, except the value behind an unknown flag."""
     after_flag = False
     for arg in unknown:
         if arg.startswith("-"):
-            name = arg.lstrip("-").split("=")[0]
-            near = difflib.get_close_matches(name, names, n=1)
+            near = difflib.get_close_matches(arg.lstrip("-").split("=")[0], FIELDS, n=1)
             yield f"{arg} is unknown: " + (f"did you mean --{near[0]}?" if near else "python train.py --help lists all")
         elif not after_flag:
             yield f"{arg!r} stands alone: put the flag that it belongs to before it"
@@ -1668,18 +1603,14 @@ def config_from_flags(argv: Sequence[str]) -> TrainConfig:
 
     Raises UsageError with all problems of the flags at once; RunError for a checkpoint that can't be read."""
     given, problems = read_flags(argv)
-    preset = PRESETS.get(given.get("preset", ""), {})
     if "prompt" in given:
         given["prompt"] = re.sub(r"\\([nt\\])", lambda m: {"n": "\n", "t": "\t"}.get(m[1], "\\"), given["prompt"])
-    base, resume = dict(preset), given.get("resume", "")
-    out_dir = given.get("out_dir") or preset.get("out_dir") or TrainConfig.out_dir
-    if resume == "auto":
-        last = RunDirectory(out_dir).last
-        given["resume"] = resume = str(last) if last.exists() else ""
-    if resume and not problems:
-        base = known_settings(load_checkpoint(resume)["config"])
-        folder = Path(resume).absolute().parent
-        base["out_dir"] = str(Path(resume).parent.parent) if folder.name == "checkpoints" else out_dir
+    base = dict(PRESETS.get(given.get("preset", ""), {}))
+    run_dir = RunDirectory(given.get("out_dir") or base.get("out_dir") or TrainConfig.out_dir)
+    if not problems and (path := run_dir.checkpoint_to_resume(given.get("resume", ""))):
+        once = {"resume", "overwrite", "preset", "out_dir"}  # these belong to one start, not to the run
+        base = {k: v for k, v in load_checkpoint(path)["config"].items() if k in FIELDS and k not in once}
+        base["out_dir"] = str(path.parent.parent if path.absolute().parent.name == "checkpoints" else run_dir.root)
     for one, other in (("steps", "epochs"), ("epochs", "steps")):  # a given length replaces the one below it
         if one in given and other not in given:
             base[other] = None
@@ -1693,25 +1624,18 @@ def config_from_flags(argv: Sequence[str]) -> TrainConfig:
     return config
 
 
-def known_settings(saved: dict) -> dict:
-    """A checkpoint's settings without those that belong to one start alone."""
-    names = {f.name for f in dataclasses.fields(TrainConfig)} - {"resume", "overwrite", "preset"}
-    return {name: value for name, value in saved.items() if name in names}
-
-
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs the command line and returns the exit code; faults are one sentence each, on stderr."""
     argv = sys.argv[1:] if argv is None else list(argv)
     try:
-        config = config_from_flags(argv)
-        return train(config, command=shlex.join(["python", "train.py", *argv])).exit_code
+        return train(config_from_flags(argv), command=shlex.join(["python", "train.py", *argv]))["exit_code"]
     except UsageError as e:
         print(*(f"train.py: {problem}" for problem in e.problems), sep="\n", file=sys.stderr)
         return 2
     except RunError as e:
         print(f"train.py: {e}", file=sys.stderr)
     except torch.OutOfMemoryError:
-        print("train.py: the GPU's memory is full: lower --batch_size (raise --grad_accum) or --seq_len", file=sys.stderr)
+        print("train.py: the GPU's memory is full: lower --batch_size or --seq_len", file=sys.stderr)
     except OSError as e:
         print(f"train.py: {e.strerror or e} ({e.filename or 'no file named'})", file=sys.stderr)
     except KeyboardInterrupt:
