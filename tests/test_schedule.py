@@ -1,0 +1,102 @@
+"""AdamW and OneCycleLR: the rate of step k is a function of the configuration and k alone."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+
+import train
+
+
+def optimizer_of(config):
+    model = train.GPT(train.GPTConfig(block_size=8, vocab_size=11, n_layer=1, n_head=1, n_embd=4))
+    return train.build_optimizer(model, config)
+
+
+def curve(config, start=0):
+    """lr of each step from start + 1 on."""
+    config = config.resolved(1, 1)
+    optimizer = optimizer_of(config)
+    scheduler = train.build_scheduler(optimizer, config, start)
+    rates = []
+    for step in range(start, config.steps):
+        rates.append(optimizer.param_groups[0]["lr"])
+        optimizer.step()
+        if step + 1 < config.steps:
+            scheduler.step()
+    return rates
+
+
+def test_first_peak_and_last_rate(tiny):
+    rates = curve(tiny(steps=400, warmup_steps=30, lr=1e-3))
+    assert len(rates) == 400
+    assert rates[0] == pytest.approx(1e-3 / 25)
+    assert rates[29] == max(rates) == pytest.approx(1e-3)  # the peak is step warmup_steps
+    assert rates[-1] == min(rates) == pytest.approx(1e-3 / 25 / 1e4)
+    assert rates[:30] == sorted(rates[:30]) and rates[29:] == sorted(rates[29:], reverse=True)
+
+
+def test_a_long_run_does_not_warm_up_for_a_third_of_it(tiny):
+    config = tiny(steps=200_000).resolved(1, 1)
+    scheduler = train.build_scheduler(optimizer_of(config), config, 299)
+    assert scheduler.get_last_lr() == [pytest.approx(config.lr)] * 2
+
+
+@pytest.mark.parametrize("steps", [1, 2, 3, 10])
+def test_any_warm_up_of_any_length_is_finite_and_never_over_the_peak(tiny, steps):
+    for warmup in range(steps + 1):
+        rates = curve(tiny(steps=steps, warmup_steps=warmup, lr=1.0))
+        assert all(math.isfinite(r) and 0 < r <= 1.0 + 1e-12 for r in rates), (warmup, rates)
+        if warmup > 1:
+            assert rates[warmup - 1] == pytest.approx(1.0)
+
+
+def test_the_curve_does_not_depend_on_where_it_is_resumed(tiny):
+    config = tiny(steps=25, warmup_steps=5)
+    whole = curve(config)
+    for start in range(25):
+        assert curve(config, start) == whole[start:]
+
+
+def test_a_loaded_optimizer_brings_back_no_old_rate(tiny):
+    old = tiny(steps=10, lr=1.0).resolved(1, 1)
+    saved = optimizer_of(old)
+    train.build_scheduler(saved, old)
+    new = tiny(steps=40, lr=1e-2, warmup_steps=4).resolved(1, 1)
+    optimizer = optimizer_of(new)
+    optimizer.load_state_dict(saved.state_dict())
+    train.build_scheduler(optimizer, new, 7)
+    assert optimizer.param_groups[0]["lr"] == curve(new)[7]
+
+
+def test_the_schedule_leaves_the_betas_alone(tiny):
+    config = tiny(beta1=0.9, beta2=0.95).resolved(1, 1)
+    optimizer = optimizer_of(config)
+    scheduler = train.build_scheduler(optimizer, config)
+    for _ in range(5):
+        assert all(group["betas"] == (0.9, 0.95) for group in optimizer.param_groups)
+        optimizer.step()
+        scheduler.step()
+
+
+def test_only_matrices_decay(tiny):
+    groups = optimizer_of(tiny(weight_decay=0.3)).param_groups
+    for group, decay in zip(groups, (0.3, 0.0), strict=True):
+        assert group["weight_decay"] == decay
+        assert all((p.dim() >= 2) == (decay > 0) for p in group["params"])
+    assert sum(len(g["params"]) for g in groups) == 2 + 12 + 2  # all of them, the tied head once
+
+
+def test_a_device_without_fused_adamw_gets_the_plain_one(tiny, monkeypatch):
+    real = torch.optim.AdamW
+
+    def no_fused(groups, fused=None, **options):
+        if fused:
+            raise RuntimeError("`fused=True` requires another device")
+        return real(groups, **options)
+
+    assert optimizer_of(tiny()).defaults["fused"]
+    monkeypatch.setattr(torch.optim, "AdamW", no_fused)
+    assert not optimizer_of(tiny()).defaults["fused"]
