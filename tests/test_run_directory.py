@@ -1,0 +1,209 @@
+"""What a run leaves behind: log, CSV, samples, run.json, checkpoints."""
+
+from __future__ import annotations
+
+import json
+import logging
+import math
+import os
+import re
+
+import pytest
+import torch
+from conftest import PLAY, rows_of
+
+import train
+
+LINE = re.compile(
+    r"^\d{4}-\d\d-\d\d \d\d:\d\d:\d\d,\d{3} \| INFO \| step (\d+)/20 \| loss \d+\.\d{6} \| lr \d\.\d\de[-+]\d\d"
+    r" \| tok/s \d+\.\d( \| |$)"
+)
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    """The run directory of one finished run."""
+    from conftest import TINY
+
+    out = tmp_path_factory.mktemp("run") / "out"
+    config = train.TrainConfig(**{**TINY, "out_dir": str(out), "steps": 20, "log_every": 8, "epochs": None})
+    train.train(config, command="python train.py --steps 20")
+    return out
+
+
+def test_log_lines_have_their_form(finished):
+    lines = (finished / "logs" / "train.log").read_text().splitlines()
+    assert [int(m[1]) for line in lines if (m := LINE.match(line))] == [1, 8, 16, 20]
+    assert all(re.match(r"^\d{4}-\d\d-\d\d \d\d:\d\d:\d\d,\d{3} \| [A-Z]+ \| ", line) for line in lines)
+
+
+def test_the_log_opens_with_what_decides_the_run_and_closes_with_its_end(finished):
+    messages = [line.split(" | ", 2)[2] for line in (finished / "logs" / "train.log").read_text().splitlines()]
+    first_step = next(i for i, m in enumerate(messages) if m.startswith("step "))
+    opening, closing = messages[:first_step], messages[first_step:]
+    for start in ("Device: cpu", "Precision: fp32", "Args: {", "Parameters: ", "Tokens: 2,547 in 40", "Causality: "):
+        assert any(m.startswith(start) for m in opening), start
+    assert "Tokens per step: 64 (batch_size 2 x seq_len 32 x grad_accum 1 x processes 1)" in opening
+    args = json.loads(next(m for m in opening if m.startswith("Args: ")).removeprefix("Args: "))
+    assert args["steps"] == 20 and args["warmup_steps"] == 2 and args["save_every"] == 2
+    assert "Ended: steps done at step 20 of 20" in closing
+
+
+def test_the_csv_has_a_row_each_log(finished):
+    rows = rows_of(finished)
+    assert (finished / "logs" / "train_metrics.csv").read_text().splitlines()[0] == (
+        "step,epoch,tokens,loss,avg_loss,best_loss,lr,grad_norm,tok_per_s,elapsed_s"
+    )
+    assert [row["step"] for row in rows] == ["1", "8", "16", "20"]
+    assert [row["tokens"] for row in rows] == ["64", "512", "1024", "1280"]
+    assert [row["epoch"] for row in rows] == ["0.025", "0.2", "0.4", "0.5"]
+    assert all(math.isfinite(float(value)) for row in rows for value in row.values())
+    elapsed = [float(row["elapsed_s"]) for row in rows]
+    assert elapsed == sorted(elapsed)
+
+
+def test_samples_stand_in_blocks(finished):
+    text = (finished / "samples" / "samples.txt").read_text(encoding="utf-8")
+    blocks = text.split("=" * 80 + "\n")[1:]
+    assert [b.splitlines()[0] for b in blocks] == [f"STEP {n}" for n in range(2, 21, 2)]
+    assert all(b.count("PROMPT:\n") == b.count("OUTPUT:\n") == 2 for b in blocks)
+    assert all("PROMPT:\nBIANCA:\nOUTPUT:\n" in b for b in blocks)
+
+
+def test_run_json_tells_the_whole_run(finished):
+    record = json.loads((finished / "run.json").read_text())
+    assert record["command"] == "python train.py --steps 20"
+    assert record["config"]["steps"] == 20 and record["seed"] == 1337
+    assert set(record["versions"]) >= {"python", "torch", "numpy", "tiktoken", "platform"}
+    assert record["device"].startswith("cpu") and record["precision"] == "fp32"
+    assert record["corpus"]["sha256"] == train.hashlib.sha256(PLAY.read_bytes()).hexdigest()
+    assert record["corpus"]["tokens"] == 2547
+    assert record["parameters"] == sum(p.numel() for p in train.GPT(train.GPTConfig(64, 50257, 2, 2, 16)).parameters())
+    assert record["start"] <= record["end"]
+    assert (record["ended"], record["steps"], record["tokens"]) == ("steps done", 20, 1280)
+    assert record["target_loss"] == 0.1 and record["tokens_to_target"] is None
+
+
+def test_checkpoints_hold_plain_data_and_gpt2_names(finished):
+    last = torch.load(finished / "checkpoints" / "last.pt", weights_only=True)
+    assert {
+        "model",
+        "optimizer",
+        "scheduler",
+        "scaler",
+        "batcher",
+        "rng",
+        "losses",
+        "step",
+        "config",
+        "tokenizer",
+    } <= set(last)
+    assert last["scaler"] is None
+    assert {"transformer.wte.weight", "transformer.h.0.attn.c_attn.weight", "lm_head.weight"} <= set(last["model"])
+    assert last["config"]["steps"] == 20 and last["config"]["warmup_steps"] is None  # as given, not as filled in
+
+
+def test_best_pt_holds_the_lowest_avg_loss_of_a_save(tiny, tmp_path):
+    """The loss falls, then is forced up: best.pt must stay with the low one."""
+    train.train(tiny(steps=80, save_every=40, lr=3e-3))
+    low = train.load_checkpoint(tmp_path / "out" / "checkpoints" / "best.pt")
+    assert low["step"] == 80 and "optimizer" not in low
+    assert low["loss"] == pytest.approx(float(rows_of(tmp_path / "out")[-1]["avg_loss"]))
+    train.train(tiny(steps=120, save_every=40, lr=0.1, clip_grad=0.0, resume="auto"))  # wrecks it
+    last = train.load_checkpoint(tmp_path / "out" / "checkpoints" / "last.pt")
+    assert last["step"] == 120 and last["loss"] > low["loss"]
+    assert train.load_checkpoint(tmp_path / "out" / "checkpoints" / "best.pt")["step"] == 80
+
+
+def test_checkpoints_of_a_compiled_model_have_the_same_names(tiny, tmp_path, monkeypatch):
+    real = torch.compile
+    monkeypatch.setattr(torch, "compile", lambda model: real(model, backend="eager"))
+    train.train(tiny(compile=True, steps=2))
+    saved = train.load_checkpoint(tmp_path / "out" / "checkpoints" / "last.pt")["model"]
+    assert set(saved) == set(train.GPT(train.GPTConfig(64, 50257, 2, 2, 16)).state_dict())
+
+
+# ---- writing ----
+
+
+def test_a_file_is_replaced_whole_or_not_at_all(tmp_path):
+    path = tmp_path / "file"
+    path.write_bytes(b"old")
+    with pytest.raises(RuntimeError), train.atomic_write(path) as f:
+        f.write(b"half of the n")
+        raise RuntimeError("power cut")
+    assert path.read_bytes() == b"old" and os.listdir(tmp_path) == ["file"]
+    with train.atomic_write(path) as f:
+        f.write(b"new")
+        assert path.read_bytes() == b"old"
+    assert path.read_bytes() == b"new" and os.listdir(tmp_path) == ["file"]
+
+
+def test_a_written_file_has_the_usual_mode(tmp_path):
+    with train.atomic_write(tmp_path / "atomic"):
+        pass
+    (tmp_path / "plain").touch()
+    assert (tmp_path / "atomic").stat().st_mode == (tmp_path / "plain").stat().st_mode
+
+
+def test_a_checkpoint_that_cannot_be_written_is_one_sentence_and_keeps_the_old_one(tmp_path, monkeypatch):
+    path = tmp_path / "last.pt"
+    train.save_checkpoint(path, {"step": 1})
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "fsync", lambda fd: (_ for _ in ()).throw(OSError(28, "No space left on device")))
+        with pytest.raises(train.RunError, match=r"No space left on device\): the one before it is intact"):
+            train.save_checkpoint(path, {"step": 2})
+    assert torch.load(path, weights_only=True) == {"step": 1}
+    assert os.listdir(tmp_path) == ["last.pt"]
+
+
+def test_overwriting_removes_a_run_and_nothing_else(tiny, tmp_path):
+    train.train(tiny())
+    (tmp_path / "out" / "notes.txt").write_text("mine")
+    train.train(tiny(overwrite=True, steps=3))
+    assert (tmp_path / "out" / "notes.txt").read_text() == "mine"
+    assert len(rows_of(tmp_path / "out")) == 3
+
+
+def test_a_corpus_that_does_not_fit_leaves_nothing_behind(tiny, tmp_path):
+    (tmp_path / "short.txt").write_text("Speak, speak.")
+    with pytest.raises(train.UsageError, match="the text has 5 tokens"):
+        train.train(tiny(input_file=str(tmp_path / "short.txt")))
+    assert not (tmp_path / "out").exists()
+
+
+# ---- reading ----
+
+
+class Evil:
+    def __reduce__(self):
+        return (os.mkdir, ("evil",))
+
+
+@pytest.mark.parametrize("content", ["truncated", b"", b"text", "code", "foreign", "newer"])
+def test_a_bad_checkpoint_is_one_sentence(finished, tmp_path, monkeypatch, content):
+    monkeypatch.chdir(tmp_path)
+    path = tmp_path / "last.pt"
+    good = (finished / "checkpoints" / "last.pt").read_bytes()
+    if content == "truncated":
+        path.write_bytes(good[: len(good) // 2])
+    elif content == "code":
+        torch.save(Evil(), path)
+    elif content == "foreign":
+        torch.save({"model": {}, "iter_num": 3}, path)
+    elif content == "newer":
+        torch.save(train.load_checkpoint(finished / "checkpoints" / "last.pt") | {"format": 99}, path)
+    else:
+        path.write_bytes(content)
+    with pytest.raises(train.RunError) as caught:
+        train.load_checkpoint(path)
+    assert "last.pt" in str(caught.value) and "\n" not in str(caught.value)
+    assert not (tmp_path / "evil").exists()  # code in a pickle is never run
+
+
+def test_two_runs_in_one_process_do_not_share_a_log(tiny, tmp_path):
+    train.train(tiny(out_dir=str(tmp_path / "a")))
+    size = (tmp_path / "a" / "logs" / "train.log").stat().st_size
+    train.train(tiny(out_dir=str(tmp_path / "b")))
+    assert (tmp_path / "a" / "logs" / "train.log").stat().st_size == size
+    assert not logging.getLogger("train").handlers

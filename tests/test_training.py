@@ -1,0 +1,310 @@
+"""The training loop: losses, early stop and proof, sampling, exact resume, several processes."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import PLAY, ROOT, rows_of, same_weights, tiny_flags, weights_of, without_times
+
+import train
+
+# ---- one step ----
+
+
+def one_step(make_trainer, config):
+    trainer = make_trainer(config)
+    trainer.train_step()
+    return trainer
+
+
+def test_accumulation_divides_right(tiny, make_trainer):
+    """1 x 8 equals 8 x 1 within rounding: the same loss, gradient norm and weights."""
+    at_once = one_step(make_trainer, tiny(batch_size=8, grad_accum=1, warmup_steps=0))
+    in_parts = one_step(make_trainer, tiny(batch_size=1, grad_accum=8, warmup_steps=0))
+    assert in_parts.step_loss.item() == pytest.approx(at_once.step_loss.item(), rel=1e-6)
+    assert in_parts.grad_norm.item() == pytest.approx(at_once.grad_norm.item(), rel=1e-5)
+    for a, b in zip(at_once.model.parameters(), in_parts.model.parameters(), strict=True):
+        torch.testing.assert_close(a, b, atol=2e-6, rtol=1e-4)
+    assert at_once.tokens() == in_parts.tokens() == 256
+
+
+def test_a_step_reports_the_mean_over_its_micro_batches(tiny, make_trainer):
+    trainer = make_trainer(tiny(grad_accum=5))
+    fresh = make_trainer(tiny(grad_accum=5))
+    with torch.no_grad():
+        losses = [fresh.model(*fresh.batcher.batch(i))[1].item() for i in range(5)]
+    trainer.train_step()
+    assert trainer.measure()["loss"] == pytest.approx(sum(losses) / 5, rel=1e-6)
+    assert len(set(losses)) == 5
+
+
+def test_clipping_limits_the_update_and_not_the_report(tiny, make_trainer):
+    free = one_step(make_trainer, tiny(clip_grad=0.0))
+    clipped = one_step(make_trainer, tiny(clip_grad=1e-12))
+    assert clipped.grad_norm.item() == free.grad_norm.item() > 0.1
+    start = make_trainer(tiny()).model.state_dict()["transformer.wpe.weight"]
+
+    def moved(trainer):
+        return (trainer.model.state_dict()["transformer.wpe.weight"] - start).abs().max().item()
+
+    assert moved(clipped) < moved(free) / 10  # gradients under AdamW's epsilon of 1e-8
+
+
+def test_avg_loss_is_the_mean_of_the_last_pass_whatever_the_order(tiny, make_trainer):
+    trainer = make_trainer(tiny(steps=100, randomize_batches=True, grad_accum=3))
+    seen = {}
+    for _ in range(40):
+        first = trainer.batcher.position
+        before = trainer.losses.clone()
+        trainer.train_step()
+        for micro in range(3):
+            index = trainer.batcher.index(first + micro)
+            seen[index] = trainer.losses[index].item()
+        untouched = [
+            i for i in range(trainer.batcher.n_batches) if i not in map(trainer.batcher.index, range(first, first + 3))
+        ]
+        assert torch.equal(trainer.losses[untouched], before[untouched])
+        assert trainer.avg_loss() == pytest.approx(sum(seen.values()) / len(seen), rel=1e-6)
+    assert len(seen) == trainer.batcher.n_batches and trainer.seen_all()
+
+
+def test_loss_scaling_skips_a_bad_step_and_the_schedule_goes_on(tiny, make_trainer):
+    config = tiny(steps=10, warmup_steps=5)
+    trainer, plain = make_trainer(config), make_trainer(config)
+    trainer.runtime.scaler = torch.amp.GradScaler("cpu", init_scale=1e38)  # overflows in the first backward pass
+    start = [p.clone() for p in trainer.model.parameters()]
+    trainer.train_step()
+    assert all(torch.equal(a, b) for a, b in zip(start, trainer.model.parameters(), strict=True))
+    assert not math.isfinite(trainer.measure()["grad_norm"])  # reported, and no reason to stop
+    trainer.runtime.scaler = torch.amp.GradScaler("cpu", init_scale=1024.0)
+    plain.train_step()
+    for _ in range(3):
+        trainer.train_step()
+        plain.train_step()
+        assert trainer.lr == plain.lr
+    assert not torch.equal(start[0], next(trainer.model.parameters()))
+
+
+# ---- early stop and proof ----
+
+
+def test_the_proof_counts_each_target_once(tiny, make_trainer):
+    trainer = make_trainer(tiny(dropout=0.5))
+    tokens = torch.from_numpy(trainer.corpus.tokens.astype("int64"))
+    trainer.model.eval()
+    losses = {}  # target position -> loss, from the windows of training
+    with torch.no_grad():
+        for i in range(trainer.batcher.n_batches):
+            start = min(i * 64, len(tokens) - 1 - 64)
+            idx = tokens[start : start + 64].view(2, 32)
+            log_p = trainer.model(idx)[0].log_softmax(-1).view(64, -1)
+            for j in range(64):
+                losses.setdefault(start + j + 1, -log_p[j, tokens[start + j + 1]].item())
+    assert sorted(losses) == list(range(1, len(tokens)))
+    expected = sum(losses.values()) / len(losses)
+    assert trainer.evaluate(lambda: None) == pytest.approx(expected, rel=1e-6)
+
+
+def test_the_run_stops_when_the_target_is_proven(tiny):
+    result = train.train(tiny(steps=400, lr=3e-3, target_loss=9.0, log_every=50))
+    assert result["ended"] == "target reached" and result["steps"] < 400
+    assert result["avg_loss"] < 9.0 and result["final_loss"] < 9.0
+    assert result["tokens_to_target"] == result["tokens"] == result["steps"] * 64
+    assert 0 < result["seconds_to_target"] <= result["seconds"]
+    rows = rows_of(result["config"]["out_dir"])
+    assert int(rows[-1]["step"]) == result["steps"]  # the last step has its row
+    # avg_loss decides: it is under the target for the first time.
+    assert float(rows[-1]["avg_loss"]) < 9.0 and all(float(r["avg_loss"]) >= 9.0 for r in rows[:-1])
+
+
+def test_a_first_full_pass_comes_before_any_stop(tiny):
+    result = train.train(tiny(steps=100, target_loss=1000.0, log_every=7))
+    assert result["ended"] == "target reached"
+    assert result["steps"] == 40  # the batches of a pass, though every loss was under the target
+
+
+def test_the_target_is_strict(tiny, make_trainer):
+    loop = train.Loop(make_trainer(tiny(target_loss=5.0)), None, train.logging.Logger("x"), train.StopSignals(), "")
+    loop.trainer.batcher.position = loop.trainer.batcher.n_batches
+    loop.save = lambda: None
+    loop.trainer.evaluate = lambda poll: 4.0
+    assert not loop.target_proven(5.0)
+    assert loop.target_proven(4.999)
+
+
+def test_a_failed_proof_lets_the_run_go_on(tiny, monkeypatch):
+    proofs = []
+
+    def evaluate(self, poll):
+        proofs.append(self.step)
+        return 2000.0 if len(proofs) < 3 else 1.0
+
+    monkeypatch.setattr(train.Trainer, "evaluate", evaluate)
+    result = train.train(tiny(steps=500, target_loss=1000.0))
+    assert proofs == [40, 80, 120]  # tried again a pass later, not at each step
+    assert (result["ended"], result["steps"], result["final_loss"]) == ("target reached", 120, 1.0)
+
+
+def test_target_0_never_stops(tiny):
+    result = train.train(tiny(steps=45, target_loss=0.0))
+    assert (result["ended"], result["steps"]) == ("steps done", 45)
+    assert result["final_loss"] is not None and result["tokens_to_target"] is None
+
+
+# ---- samples ----
+
+
+def test_sampling_and_proving_change_no_training_step(tiny, tmp_path):
+    often = train.train(tiny(out_dir=str(tmp_path / "a"), steps=12, dropout=0.2, sample_every=1, num_prompts=3))
+    never = train.train(tiny(out_dir=str(tmp_path / "b"), steps=12, dropout=0.2, num_prompts=0))
+    assert without_times(rows_of(tmp_path / "a")) == without_times(rows_of(tmp_path / "b"))
+    assert same_weights(weights_of(tmp_path / "a"), weights_of(tmp_path / "b"))
+    assert often["avg_loss"] == never["avg_loss"]
+    assert (tmp_path / "a" / "samples" / "samples.txt").read_text().count("STEP ") == 12
+    assert not (tmp_path / "b" / "samples" / "samples.txt").exists()
+
+
+def test_prompts_are_the_given_one_and_openings_from_the_text(tiny, make_trainer):
+    trainer = make_trainer(tiny(num_prompts=4, prompt="TILDA:\n"))
+    prompts = trainer.prompts()
+    assert prompts[0] == "TILDA:\n" and len(set(prompts)) == 4
+    assert all(p in PLAY.read_text(encoding="utf-8") for p in prompts)
+    assert prompts == trainer.prompts()
+    assert prompts != make_trainer(tiny(num_prompts=4, prompt="TILDA:\n", seed=1)).prompts()
+
+
+# ---- resume ----
+
+
+@pytest.mark.parametrize("options", [{}, {"grad_accum": 3, "dropout": 0.3, "randomize_batches": True}])
+def test_a_resumed_run_equals_one_that_never_stopped(tiny, tmp_path, monkeypatch, options):
+    """Interrupted twice in the middle of a pass: the same weights, rows and samples, bit for bit."""
+    settings = {"steps": 60, "save_every": 1000, "sample_every": 20, "log_every": 4, **options}
+    train.train(tiny(out_dir=str(tmp_path / "whole"), **settings))
+    for stop_at in (23, 41, None):
+        with monkeypatch.context() as patch:
+            if stop_at:
+                patch.setattr(train.Loop, "stop_requested", lambda loop, read, at=stop_at: loop.trainer.step == at)
+            train.train(tiny(out_dir=str(tmp_path / "parts"), resume="auto", **settings))
+    assert without_times(rows_of(tmp_path / "whole")) == without_times(rows_of(tmp_path / "parts"))
+    assert same_weights(weights_of(tmp_path / "whole"), weights_of(tmp_path / "parts"))
+    samples = [(tmp_path / run / "samples" / "samples.txt").read_text() for run in ("whole", "parts")]
+    assert samples[0] == samples[1]
+
+
+def test_what_came_after_the_checkpoint_is_done_again_and_not_doubled(tiny, tmp_path):
+    """As after a power cut: rows and samples are past the last checkpoint, and the last row is torn."""
+    settings = {"steps": 30, "save_every": 10, "sample_every": 5}
+    train.train(tiny(**settings))
+    expected = rows_of(tmp_path / "out")
+    last = tmp_path / "out" / "checkpoints" / "last.pt"
+    samples = (tmp_path / "out" / "samples" / "samples.txt").read_text()
+    # A checkpoint of step 20, as it was at that moment.
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(train.Loop, "stop_requested", lambda loop, read: loop.trainer.step == 20)
+        train.train(tiny(out_dir=str(tmp_path / "short"), **settings))
+    (tmp_path / "short" / "checkpoints" / "last.pt").replace(last)
+    with open(tmp_path / "out" / "logs" / "train_metrics.csv", "a") as f:
+        f.write("31,0.7")
+    train.train(tiny(resume="auto", **settings))
+    assert without_times(rows_of(tmp_path / "out")) == without_times(expected)
+    assert (tmp_path / "out" / "samples" / "samples.txt").read_text() == samples
+
+
+def test_more_steps_draw_the_curve_anew(tiny, tmp_path):
+    train.train(tiny(steps=10))
+    result = train.train(tiny(steps=20, resume="auto"))
+    assert (result["ended"], result["steps"]) == ("steps done", 20)
+    rates = [float(row["lr"]) for row in rows_of(tmp_path / "out")]
+    train.train(tiny(steps=20, out_dir=str(tmp_path / "whole")))
+    assert rates[10:] == [float(row["lr"]) for row in rows_of(tmp_path / "whole")][10:]
+
+
+def test_a_finished_run_has_nothing_more_to_do(tiny, tmp_path):
+    train.train(tiny(steps=10))
+    before = (tmp_path / "out" / "run.json").read_bytes()
+    assert train.train(tiny(steps=10, resume="auto"))["ended"] == "nothing to do"
+    assert (tmp_path / "out" / "run.json").read_bytes() == before
+    assert len(rows_of(tmp_path / "out")) == 10
+
+
+def test_a_run_that_reached_its_target_has_nothing_more_to_do(tiny):
+    first = train.train(tiny(steps=100, target_loss=1000.0))
+    again = train.train(tiny(steps=100, target_loss=1000.0, resume="auto"))
+    assert (again["ended"], again["exit_code"], again["steps"]) == ("nothing to do", 0, first["steps"])
+    lower = train.train(tiny(steps=100, target_loss=0.5, resume="auto"))
+    assert (lower["ended"], lower["steps"]) == ("steps done", 100)
+
+
+@pytest.mark.parametrize(
+    ("changes", "sentence"),
+    [
+        ({"n_embd": 32}, "n_embd 32 conflicts with the checkpoint's 16"),
+        ({"seq_len": 16}, "seq_len 16 conflicts with the checkpoint's 32"),
+        ({"seed": 5}, "seed 5 conflicts with the checkpoint's 1337"),
+        ({"input_file": __file__}, "isn't the checkpoint's text"),
+    ],
+)
+def test_another_run_is_not_resumed_by_mistake(tiny, tmp_path, changes, sentence):
+    train.train(tiny())
+    before = (tmp_path / "out" / "run.json").read_bytes()
+    with pytest.raises(train.UsageError, match=sentence):
+        train.train(tiny(steps=20, resume="auto", **changes))
+    assert (tmp_path / "out" / "run.json").read_bytes() == before
+
+
+def test_best_pt_is_not_taken_for_last_pt(tiny, tmp_path):
+    train.train(tiny(steps=45))
+    with pytest.raises(train.UsageError, match=r"holds weights only: resume from the last.pt beside it"):
+        train.train(tiny(steps=60, resume=str(tmp_path / "out" / "checkpoints" / "best.pt")))
+
+
+# ---- faults ----
+
+
+def test_a_loss_that_is_not_finite_ends_the_run_and_keeps_the_last_checkpoint(tiny, tmp_path, monkeypatch):
+    real = train.Trainer.train_step
+
+    def broken(self):
+        if self.step == 8:
+            with torch.no_grad():
+                self.model.transformer.ln_f.weight.fill_(math.nan)
+        real(self)
+
+    monkeypatch.setattr(train.Trainer, "train_step", broken)
+    with pytest.raises(train.RunError, match=r"the loss is nan .* at step 9: .*lower --lr"):
+        train.train(tiny(steps=20, save_every=4))
+    assert train.load_checkpoint(tmp_path / "out" / "checkpoints" / "last.pt")["step"] == 8
+    assert all(w.isfinite().all() for w in weights_of(tmp_path / "out").values())
+    record = json.loads((tmp_path / "out" / "run.json").read_text())
+    assert record["ended"].startswith("failed: the loss is nan")
+
+
+# ---- several processes ----
+
+
+def test_two_processes_do_what_one_does_with_twice_the_accumulation(tmp_path):
+    settings = {"steps": 25, "save_every": 25, "target_loss": 0}
+    alone = tiny_flags(tmp_path / "alone", grad_accum=4, **settings)
+    pair = tiny_flags(tmp_path / "pair", grad_accum=2, **settings)
+    torchrun = ["-m", "torch.distributed.run", "--nproc_per_node=2", "--master_port=0", "--rdzv_backend=c10d"]
+    torchrun += ["--rdzv_endpoint=127.0.0.1:0"]
+    env = {**os.environ, "OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"}
+    for launcher, flags in (([], alone), (torchrun, pair)):
+        command = [sys.executable, *launcher, str(ROOT / "train.py"), *flags]
+        done = subprocess.run(command, capture_output=True, text=True, env=env, timeout=200, cwd=Path(tmp_path))
+        assert done.returncode == 0, done.stderr
+    for one, two in zip(rows_of(tmp_path / "alone"), rows_of(tmp_path / "pair"), strict=True):
+        assert [one[k] for k in ("step", "epoch", "tokens", "lr")] == [
+            two[k] for k in ("step", "epoch", "tokens", "lr")
+        ]
+        for figure in ("loss", "avg_loss", "grad_norm"):
+            assert float(one[figure]) == pytest.approx(float(two[figure]), rel=1e-4)
+    assert json.loads((tmp_path / "pair" / "run.json").read_text())["processes"] == 2
