@@ -194,8 +194,10 @@ PRESETS: dict[str, dict] = {
         "batch_size": 1,
         "seq_len": 256,
         "steps": 300,
-        "lr": 3e-4,
+        "lr": 2e-4,
         "weight_decay": 0.0,
+        "save_every": 100,
+        "prompt": "TILDA:\n",
     },
 }
 
