@@ -92,7 +92,7 @@ class TrainConfig:
     out_dir: str = flag("out", "run directory")
     resume: str = flag("", "go on from this last.pt; auto: from the run directory's, where there is one")
     overwrite: bool = flag(False, "delete the run that out_dir holds and start anew")
-    seed: int = flag(1337, "of initial weights, shuffling, dropout, prompts and samples", least=0)
+    seed: int = flag(1337, "seed of initial weights, shuffling, dropout, prompts and samples", least=0)
 
     input_file: str = flag("data/input.txt", "UTF-8 text; data/input.txt is fetched when missing", "Data")
     tokenizer: str = flag("gpt2", "gpt2: byte-pair encoding of 50,257 tokens", choices=("gpt2",))
@@ -113,7 +113,7 @@ class TrainConfig:
     target_loss: float = flag(0.1, "stop once avg_loss, then final_loss, is under this (0: never)", least=0)
     lr: float = flag(3e-4, "peak learning rate", above=0)
     warmup_steps: int | None = flag(None, "steps to the peak (default: a tenth of steps, at most 300)", least=0)
-    weight_decay: float = flag(0.1, "of matrices; biases and LayerNorms have none", least=0)
+    weight_decay: float = flag(0.1, "AdamW's decay of matrices; biases and LayerNorms have none", least=0)
     beta1: float = flag(0.9, "AdamW's memory of the gradient", least=0, below=1)
     beta2: float = flag(0.95, "AdamW's memory of its square", least=0, below=1)
     clip_grad: float = flag(1.0, "gradient norm to scale down to (0: no clipping)", least=0)
@@ -197,7 +197,7 @@ PRESETS: dict[str, dict] = {
         "lr": 2e-4,
         "weight_decay": 0.0,
         "save_every": 100,
-        "prompt": "TILDA:\n",
+        "prompt": "AMBROSE:\nCome in, and shut the door",
     },
 }
 
@@ -1550,7 +1550,9 @@ def build_parser() -> Parser:
     for f in FIELDS.values():
         if f.metadata["group"]:
             group = parser.add_argument_group(f.metadata["group"])
-        text = f.metadata["help"] + (f" (default: {f.default!r})" if f.default not in (None, "", False) else "")
+        text = f.metadata["help"] + (
+            f" (default: {f.default!r})" if f.default is not False and f.default not in (None, "") else ""
+        )
         options = {"default": argparse.SUPPRESS, "help": text}
         if f.type == "bool":
             group.add_argument(f"--{f.name}", action=argparse.BooleanOptionalAction, **options)
