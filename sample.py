@@ -27,7 +27,7 @@ def build_parser() -> argparse.ArgumentParser:
 
 def load_model(path: str) -> tuple[train.GPT, train.Tokenizer, str]:
     """(model in eval mode on the CPU, its tokenizer, the prompt of its training). Raises train.RunError."""
-    checkpoint = train.load_checkpoint(path)
+    checkpoint = train.load_checkpoint(path, lazy=True)
     model = train.GPT(train.GPTConfig(**checkpoint["model_config"]))
     model.load_state_dict(checkpoint["model"])
     return model.eval(), train.load_tokenizer(checkpoint["tokenizer"]["name"]), checkpoint["config"]["prompt"]

@@ -34,7 +34,6 @@ import json
 import logging
 import math
 import os
-import pickle
 import platform
 import random
 import re
@@ -155,19 +154,13 @@ class TrainConfig:
         fp16_on_cpu = c.amp == "fp16" and present and pick_device(c.device).type == "cpu"
         return [
             (c.n_embd % c.n_head != 0, f"n_embd {c.n_embd} isn't divisible by n_head {c.n_head}: try {width}"),
-            (
-                c.seq_len > c.block_size,
-                f"seq_len {c.seq_len} is over block_size {c.block_size}: use {c.block_size} or less",
-            ),
+            (c.seq_len > c.block_size, f"seq_len {c.seq_len} is over block_size {c.block_size}: use at most that"),
             (not (c.steps or c.epochs), "the run has no length: give --steps N or --epochs N, or try --preset demo"),
             (bool(c.steps and c.epochs), "steps and epochs exclude each other: give one of them"),
             (short, f"warmup_steps {c.warmup_steps} is over steps {c.steps}: leave it out for a tenth of them"),
             (bool(c.resume) and c.overwrite, "resume and overwrite exclude each other: give one of them"),
             (not present, f"device {c.device} isn't available here: use --device auto"),
-            (
-                fp16_on_cpu,
-                "amp fp16 on a CPU runs about a thousand times slower than fp32: use --amp auto, bf16 or off",
-            ),
+            (fp16_on_cpu, "amp fp16 on a CPU is about a thousand times slower than fp32: use --amp auto, bf16 or off"),
         ]
 
     def resolved(self, batches_per_pass: int, batches_per_step: int) -> TrainConfig:
@@ -269,15 +262,10 @@ def packaged_gpt2() -> tiktoken.Encoding | None:
     for name, sha256 in GPT2_FILES.items():
         if not (folder / name).is_file() or hashlib.sha256((folder / name).read_bytes()).hexdigest() != sha256:
             return None
-    ranks = tiktoken.load.data_gym_to_mergeable_bpe_ranks(
-        vocab_bpe_file=str(folder / "vocab.bpe"),
-        encoder_json_file=str(folder / "encoder.json"),
-        vocab_bpe_hash=GPT2_FILES["vocab.bpe"],
-        encoder_json_hash=GPT2_FILES["encoder.json"],
-    )
-    return tiktoken.Encoding(
-        "gpt2", pat_str=GPT2_PATTERN, mergeable_ranks=ranks, special_tokens={"<|endoftext|>": 50256}
-    )
+    files = (str(folder / name) for name in GPT2_FILES)
+    ranks = tiktoken.load.data_gym_to_mergeable_bpe_ranks(*files, *GPT2_FILES.values())
+    special = {"<|endoftext|>": 50256}
+    return tiktoken.Encoding("gpt2", pat_str=GPT2_PATTERN, mergeable_ranks=ranks, special_tokens=special)
 
 
 # ======================================================================================================================
@@ -602,15 +590,10 @@ class GPT(nn.Module):
 
     def parameter_counts(self) -> dict[str, int]:
         """Parameters by component; the head is the token embedding, so it isn't counted again."""
-        parts = {
-            ".wte.": "token embedding and head",
-            ".wpe.": "position embedding",
-            ".attn.": "attention",
-            ".mlp.": "MLP",
-        }
+        parts = {"wte": "token embedding and head", "wpe": "position embedding", "attn": "attention", "mlp": "MLP"}
         counts = dict.fromkeys([*parts.values(), "LayerNorm"], 0)
         for name, p in self.named_parameters():
-            counts[next((label for part, label in parts.items() if part in name), "LayerNorm")] += p.numel()
+            counts[next((parts[part] for part in name.split(".") if part in parts), "LayerNorm")] += p.numel()
         return counts
 
 
@@ -673,9 +656,20 @@ def pick_device(name: str) -> torch.device:
 
 
 def cpu_has_bf16() -> bool:
-    """Does the processor multiply bf16 itself? Emulated, it is 40 to 500 times slower than fp32 (pytorch 146508)."""
+    """Does the processor multiply bf16 itself? Emulated, it is 40 to 500 times slower than fp32 (pytorch 146508).
+
+    x86 processors say so. Elsewhere it also depends on how torch was built, so a small product is timed."""
     capabilities = torch.cpu.get_capabilities()
-    return any(capabilities.get(name, False) for name in ("avx512_bf16", "amx_bf16", "bf16", "sve_bf16"))
+    if capabilities.get("architecture") == "x86_64":
+        return bool(capabilities.get("avx512_bf16") or capabilities.get("amx_bf16"))
+    seconds = {}
+    for dtype in (torch.float32, torch.bfloat16):
+        a = torch.ones(256, 256, dtype=dtype)
+        a @ a  # the first product also sets up
+        start = time.perf_counter()
+        a @ a
+        seconds[dtype] = time.perf_counter() - start
+    return seconds[torch.bfloat16] < seconds[torch.float32]
 
 
 def scaler_works(device: torch.device) -> bool:
@@ -953,15 +947,15 @@ def save_checkpoint(path: Path, content: dict) -> None:
         raise RunError(f"checkpoint {path} can't be written ({reason}): {kept}; free some disk space and resume") from e
 
 
-def load_checkpoint(path: str | Path) -> dict:
-    """A checkpoint, on the CPU. Never runs code from it (weights_only), reads tensors only when they are used (mmap).
+def load_checkpoint(path: str | Path, lazy: bool = False) -> dict:
+    """A checkpoint, on the CPU; `lazy` reads a tensor only when it is used. Never runs code that the file may hold.
 
     Raises RunError for a file that is missing, damaged, or of another program or a newer version."""
     try:
-        content = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+        content = torch.load(path, map_location="cpu", weights_only=True, mmap=lazy)
     except FileNotFoundError:
         raise RunError(f"checkpoint {path} doesn't exist: check the path") from None
-    except (OSError, RuntimeError, EOFError, ValueError, pickle.UnpicklingError) as e:
+    except Exception as e:  # arbitrary bytes make torch's reader raise almost anything
         raise RunError(
             f"checkpoint {path} is damaged or isn't a checkpoint ({type(e).__name__}): best.pt beside it may serve for"
             " sampling; to start anew, use --overwrite"
@@ -1025,10 +1019,11 @@ class Trainer:
 
     def wrap_model(self) -> nn.Module:
         """The model as training calls it. Checkpoints are made from `self.model`, so their names stay GPT-2's."""
-        model = self.model
+        self.parallel = None
         if self.runtime.world_size > 1:
             torch.manual_seed(self.config.seed + self.runtime.rank)  # each process drops other activations
-            model = nn.parallel.DistributedDataParallel(model)
+            self.parallel = nn.parallel.DistributedDataParallel(self.model)
+        model = self.parallel or self.model
         return torch.compile(model) if self.config.compile else model
 
     # ---- one step ----
@@ -1039,8 +1034,8 @@ class Trainer:
         first, losses = self.batcher.position, []
         for micro in range(self.config.grad_accum):
             idx, targets = self.batcher.next_batch()
-            if self.runtime.world_size > 1:  # gradients travel once a step, with the last micro-batch
-                self.forward.require_backward_grad_sync = micro == self.config.grad_accum - 1
+            if self.parallel:  # gradients travel between processes once a step, with the last micro-batch
+                self.parallel.require_backward_grad_sync = micro == self.config.grad_accum - 1
             with self.runtime.autocast():
                 loss = self.forward(idx, targets)[1]
             losses.append(loss.detach())
@@ -1151,9 +1146,10 @@ class Trainer:
         for prompt in self.prompts():
             idx = torch.tensor([self.tokenizer.encode(prompt)], device=self.runtime.device)
             new = []
-            for token in self.model.stream(idx, config.max_new_tokens, config.temperature, config.top_k, generator):
-                poll()
-                new.append(token.item())
+            with self.runtime.autocast():  # round the whole sample, so that it casts the weights once
+                for token in self.model.stream(idx, config.max_new_tokens, config.temperature, config.top_k, generator):
+                    poll()
+                    new.append(token.item())
             texts.append((prompt, self.tokenizer.decode(new).rstrip("\ufffd")))  # no half character at the end
         return texts
 
@@ -1295,9 +1291,12 @@ class Loop:
     def run(self) -> dict:
         """Trains to the end, whatever it is, and returns what run.json then says. Raises RunError on a fault."""
         self.announce()
-        if reason := self.nothing_to_do():
-            self.log.info(f"Nothing to do: {reason}")
-            return self.record("nothing to do")
+        try:
+            if reason := self.nothing_to_do():
+                self.log.info(f"Nothing to do: {reason}")
+                return self.record("nothing to do")
+        except Stopped:
+            return self.record("interrupted")
         self.write_record(None)
         try:
             try:
@@ -1550,9 +1549,8 @@ def build_parser() -> Parser:
     for f in FIELDS.values():
         if f.metadata["group"]:
             group = parser.add_argument_group(f.metadata["group"])
-        text = f.metadata["help"] + (
-            f" (default: {f.default!r})" if f.default is not False and f.default not in (None, "") else ""
-        )
+        plain = f.default is False or f.default in (None, "")  # nothing that would need saying
+        text = f.metadata["help"] + ("" if plain else f" (default: {f.default!r})")
         options = {"default": argparse.SUPPRESS, "help": text}
         if f.type == "bool":
             group.add_argument(f"--{f.name}", action=argparse.BooleanOptionalAction, **options)
@@ -1614,7 +1612,7 @@ def config_from_flags(argv: Sequence[str]) -> TrainConfig:
     run_dir = RunDirectory(given.get("out_dir") or base.get("out_dir") or TrainConfig.out_dir)
     if not problems and (path := run_dir.checkpoint_to_resume(given.get("resume", ""))):
         once = {"resume", "overwrite", "preset", "out_dir"}  # these belong to one start, not to the run
-        base = {k: v for k, v in load_checkpoint(path)["config"].items() if k in FIELDS and k not in once}
+        base = {k: v for k, v in load_checkpoint(path, lazy=True)["config"].items() if k in FIELDS and k not in once}
         base["out_dir"] = str(path.parent.parent if path.absolute().parent.name == "checkpoints" else run_dir.root)
     for one, other in (("steps", "epochs"), ("epochs", "steps")):  # a given length replaces the one below it
         if one in given and other not in given:

@@ -46,10 +46,21 @@ def test_the_probe_of_loss_scaling_takes_a_real_step():
 
 
 def test_bf16_is_not_assumed_of_a_cpu(monkeypatch):
-    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"avx512_f": True, "amx_bf16": False})
-    assert not train.cpu_has_bf16()
-    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"avx512_bf16": True})
-    assert train.cpu_has_bf16()
+    for capabilities, native in (
+        ({"avx512_f": True}, False),
+        ({"avx512_bf16": True}, True),
+        ({"amx_bf16": True}, True),
+    ):
+        monkeypatch.setattr(torch.cpu, "get_capabilities", lambda c=capabilities: {"architecture": "x86_64", **c})
+        assert train.cpu_has_bf16() is native
+
+
+@pytest.mark.parametrize("native", [True, False])
+def test_bf16_is_timed_where_the_processor_does_not_tell(monkeypatch, native):
+    clock = iter([0.0, 1.0, 2.0, 2.5 if native else 30.0])  # fp32 takes 1 second, bf16 half of it or 28
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"architecture": "arm64", "bf16": True})
+    monkeypatch.setattr(train.time, "perf_counter", lambda: next(clock))
+    assert train.cpu_has_bf16() is native
 
 
 @pytest.mark.parametrize("seq_len", [1, 2, 3, 17, 32])
