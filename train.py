@@ -519,7 +519,7 @@ class Block(nn.Module):
 class GPT(nn.Module):
     """GPT-2, with its own parameter names: other GPT-2s' weights map onto it, their Conv1D matrices transposed."""
 
-    def __init__(self, config: GPTConfig):
+    def __init__(self, config: GPTConfig, generator: torch.Generator | None = None):
         super().__init__()
         self.config = config
         self.transformer = nn.ModuleDict(
@@ -533,10 +533,10 @@ class GPT(nn.Module):
         )
         self.lm_head = nn.Linear(config.n_embd, config.vocab_size, bias=False)
         self.lm_head.weight = self.transformer.wte.weight  # tied (Press & Wolf 2017)
-        self.init_weights()
+        self.init_weights(generator)
 
     @torch.no_grad()
-    def init_weights(self) -> None:
+    def init_weights(self, generator: torch.Generator | None) -> None:
         """GPT-2's: N(0, 0.02), zero biases, and the 2 * n_layer projections that write to the residual stream scaled
         down so that its variance doesn't grow with depth (GPT-2 paper, section 2.3)."""
         for name, p in self.named_parameters():
@@ -544,7 +544,7 @@ class GPT(nn.Module):
                 p.zero_()
             elif p.dim() >= 2:
                 std = 0.02 / math.sqrt(2 * self.config.n_layer) if name.endswith("c_proj.weight") else 0.02
-                p.normal_(0.0, std)
+                p.normal_(0.0, std, generator=generator)
 
     def hidden(self, idx: torch.Tensor, cache: list[dict] | None = None) -> torch.Tensor:
         """Token ids (B, T) -> what the head reads, (B, T, C). Raises ValueError past the context's end."""
@@ -1006,9 +1006,11 @@ class Trainer:
         )
         self.batches_per_step = config.grad_accum * runtime.world_size
         self.config = config.resolved(self.batcher.n_batches, self.batches_per_step)
-        torch.manual_seed(config.seed)
         shape = {name: getattr(config, name) for name in MODEL_FLAGS}
-        self.model = GPT(GPTConfig(vocab_size=tokenizer.vocab_size, **shape)).to(runtime.device)
+        # A generator of its own: initial weights are a function of the seed and the shape, and of nothing else.
+        generator = torch.Generator().manual_seed(config.seed)
+        self.model = GPT(GPTConfig(vocab_size=tokenizer.vocab_size, **shape), generator).to(runtime.device)
+        torch.manual_seed(config.seed + runtime.rank)  # dropout, another one in each process
         self.optimizer = build_optimizer(self.model, self.config)
         self.scheduler = build_scheduler(self.optimizer, self.config)
         self.forward = self.wrap_model()
@@ -1021,7 +1023,6 @@ class Trainer:
         """The model as training calls it. Checkpoints are made from `self.model`, so their names stay GPT-2's."""
         self.parallel = None
         if self.runtime.world_size > 1:
-            torch.manual_seed(self.config.seed + self.runtime.rank)  # each process drops other activations
             self.parallel = nn.parallel.DistributedDataParallel(self.model)
         model = self.parallel or self.model
         return torch.compile(model) if self.config.compile else model
@@ -1318,7 +1319,7 @@ class Loop:
         self.window_start = time.monotonic()
         with tqdm(total=config.steps, initial=t.step, unit="step", disable=None if self.main else True) as bar:
             while t.step < config.steps:
-                t.train_step()
+                self.take_step()
                 bar.update()
                 log_now = t.step in (1, config.steps) or t.step % config.log_every == 0
                 if read := log_now or free_to_read or t.ends_pass():
@@ -1335,6 +1336,15 @@ class Loop:
                 if t.step % config.sample_every == 0 and t.step < config.steps:
                     self.write_samples()
         return "steps done"
+
+    def take_step(self) -> None:
+        """One step; whatever torch.compile can't do on this machine shows in the first."""
+        try:
+            self.trainer.train_step()
+        except Exception as e:
+            if self.trainer.config.compile and self.trainer.step == self.started_at:
+                raise RunError(f"torch.compile fails here ({str(e).splitlines()[0]}): leave --compile out") from e
+            raise
 
     def finish(self, ended: str) -> str:
         """Last checkpoint, row, proof and sample, in the order of what would be missed most."""

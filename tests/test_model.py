@@ -7,6 +7,7 @@ import os
 
 import pytest
 import torch
+from conftest import PLAY, same_weights
 
 import train
 
@@ -27,8 +28,7 @@ def small_model(seed=0, config=SMALL, spread=0.15):
 
 @pytest.fixture(scope="module")
 def gpt2():
-    torch.manual_seed(1337)
-    return train.GPT(train.GPTConfig()).eval()
+    return train.GPT(train.GPTConfig(), torch.Generator().manual_seed(1337)).eval()
 
 
 def test_gpt2_has_124439808_parameters(gpt2):
@@ -52,11 +52,20 @@ def test_initial_weights(gpt2):
     assert not blocks[0].mlp.c_fc.bias.any() and torch.all(blocks[0].ln_1.weight == 1)
 
 
-def test_first_loss(gpt2):
-    tokens = torch.randint(50257, (2, 129), generator=torch.Generator().manual_seed(0))
+def test_first_loss(gpt2, tokenizer):
+    tokens = torch.tensor([tokenizer.encode(PLAY.read_text(encoding="utf-8"))[:1025]])
     with torch.no_grad():
         loss = gpt2(tokens[:, :-1], tokens[:, 1:])[1].item()
     assert loss == pytest.approx(math.log(50257) + 0.1, abs=0.15)
+
+
+def test_initial_weights_are_a_function_of_the_generator():
+    torch.manual_seed(1)
+    a = train.GPT(SMALL, torch.Generator().manual_seed(5)).state_dict()
+    torch.manual_seed(2)
+    b = train.GPT(SMALL, torch.Generator().manual_seed(5)).state_dict()
+    c = train.GPT(SMALL, torch.Generator().manual_seed(6)).state_dict()
+    assert same_weights(a, b) and not same_weights(a, c)
 
 
 def hugging_face_twin(model):

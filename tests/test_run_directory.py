@@ -118,6 +118,18 @@ def test_best_pt_holds_the_lowest_avg_loss_of_a_save(tiny, tmp_path, monkeypatch
     assert [float(r["best_loss"]) for r in rows_of(tmp_path / "out")][-1] == 2.0
 
 
+def test_a_compiler_that_fails_is_one_sentence(tiny, monkeypatch):
+    def no_compiler(model):
+        def fail(*args):
+            raise RuntimeError("No working C++ compiler found\nand much more")
+
+        return fail
+
+    monkeypatch.setattr(torch, "compile", no_compiler)
+    with pytest.raises(train.RunError, match=r"^torch.compile fails here \(No working C\+\+ compiler found\): leave"):
+        train.train(tiny(compile=True))
+
+
 def test_checkpoints_of_a_compiled_model_have_the_same_names(tiny, tmp_path, monkeypatch):
     real = torch.compile
     monkeypatch.setattr(torch, "compile", lambda model: real(model, backend="eager"))
