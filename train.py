@@ -44,6 +44,7 @@ import sys
 import time
 import urllib.request
 import warnings
+import zipfile
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from datetime import datetime, timezone
@@ -91,7 +92,7 @@ class TrainConfig:
     out_dir: str = flag("out", "run directory")
     resume: str = flag("", "go on from this last.pt; auto: from the run directory's, where there is one")
     overwrite: bool = flag(False, "delete the run that out_dir holds and start anew")
-    seed: int = flag(1337, "seed of initial weights, shuffling, dropout, prompts and samples", least=0)
+    seed: int = flag(1337, "seed of initial weights, shuffling, dropout, prompts and samples", least=0, below=2**32)
 
     input_file: str = flag("data/input.txt", "UTF-8 text; data/input.txt is fetched when missing", "Data")
     tokenizer: str = flag("gpt2", "gpt2: byte-pair encoding of 50,257 tokens", choices=("gpt2",))
@@ -108,7 +109,7 @@ class TrainConfig:
     seq_len: int = flag(256, "T: tokens in a window, at most block_size", least=1)
     grad_accum: int = flag(1, "micro-batches whose gradients are averaged into one step", least=1)
     steps: int | None = flag(None, "optimizer steps; the learning rate's curve ends with them", least=1)
-    epochs: float | None = flag(None, "passes over the corpus, in place of steps", above=0)
+    epochs: float | None = flag(None, "passes over the corpus, in place of steps", above=0, below=10**6)
     target_loss: float = flag(0.1, "stop once avg_loss, then final_loss, is under this (0: never)", least=0)
     lr: float = flag(3e-4, "peak learning rate", above=0)
     warmup_steps: int | None = flag(None, "steps to the peak (default: a tenth of steps, at most 300)", least=0)
@@ -130,37 +131,56 @@ class TrainConfig:
     amp: str = flag("auto", "mixed precision: auto explains its choice", choices=("auto", "fp16", "bf16", "off"))
     compile: bool = flag(False, "torch.compile: slower to start, then faster")
 
-    def validate(self) -> None:
-        """Raises UsageError with every problem of the settings at once, each with its remedy."""
-        unsound = {f.name: p for f in FIELDS.values() for p in check_value(f, getattr(self, f.name))}
-        problems = list(unsound.values())
-        sound = dataclasses.replace(self, **{name: FIELDS[name].default or 100 for name in unsound})
-        for broken, remedy in sound.conflicts():  # rules that compare several values, but for those found wrong already
-            if broken and not unsound.keys() & set(remedy.split()):
-                problems.append(remedy)
+    def validate(self, unreadable: Sequence[str] = ()) -> None:
+        """Raises UsageError with every problem of the settings at once, each with its remedy. Rules that compare
+        several settings pass over those that are unsound by themselves, or `unreadable` on the command line."""
+        problems = {f.name: p for f in FIELDS.values() for p in check_value(f, getattr(self, f.name))}
+        unsound = {*problems, *unreadable}
+        sound = dataclasses.replace(self, **{name: FIELDS[name].default for name in unsound})
+        found = [r for names, broken, r in sound.conflicts() if broken and not unsound & set(names.split())]
         run_dir = RunDirectory(self.out_dir)
         if run_dir.holds_a_run() and not (self.overwrite or self.resume == "auto" or run_dir.owns(self.resume)):
-            problems.append(
+            found.append(
                 f"out_dir {self.out_dir} already holds a run: add --resume auto to continue it, --overwrite to replace"
                 " it, or choose another --out_dir"
             )
-        if problems := problems + input_problems(self.input_file):
-            raise UsageError(*problems)
+        if found := [*problems.values(), *found, *run_dir.problems(), *input_problems(self.input_file)]:
+            raise UsageError(*found)
 
-    def conflicts(self) -> list[tuple[bool, str]]:
-        """Rules that span several settings: (is it broken?, what to do)."""
+    def conflicts(self) -> list[tuple[str, bool, str]]:
+        """Rules that compare several settings: (their names, is it broken?, what to do)."""
         c, width = self, max(1, round(self.n_embd / self.n_head)) * self.n_head
-        short, present = c.steps is not None and (c.warmup_steps or 0) > c.steps, device_present(c.device)
-        fp16_on_cpu = c.amp == "fp16" and present and pick_device(c.device).type == "cpu"
+        late, present = (c.warmup_steps or 0) > (c.steps or math.inf), device_present(c.device)
+        slow = c.amp == "fp16" and present and pick_device(c.device).type == "cpu"
         return [
-            (c.n_embd % c.n_head != 0, f"n_embd {c.n_embd} isn't divisible by n_head {c.n_head}: try {width}"),
-            (c.seq_len > c.block_size, f"seq_len {c.seq_len} is over block_size {c.block_size}: use at most that"),
-            (not (c.steps or c.epochs), "the run has no length: give --steps N or --epochs N, or try --preset demo"),
-            (bool(c.steps and c.epochs), "steps and epochs exclude each other: give one of them"),
-            (short, f"warmup_steps {c.warmup_steps} is over steps {c.steps}: leave it out for a tenth of them"),
-            (bool(c.resume) and c.overwrite, "resume and overwrite exclude each other: give one of them"),
-            (not present, f"device {c.device} isn't available here: use --device auto"),
-            (fp16_on_cpu, "amp fp16 on a CPU is about a thousand times slower than fp32: use --amp auto, bf16 or off"),
+            (
+                "n_embd n_head",
+                c.n_embd % c.n_head != 0,
+                f"n_embd {c.n_embd} isn't divisible by n_head {c.n_head}: try {width}",
+            ),
+            (
+                "seq_len block_size",
+                c.seq_len > c.block_size,
+                f"seq_len {c.seq_len} is over block_size {c.block_size}: use at most that",
+            ),
+            (
+                "steps epochs",
+                not (c.steps or c.epochs),
+                "the run has no length: give --steps N or --epochs N, or try --preset demo",
+            ),
+            ("steps epochs", bool(c.steps and c.epochs), "steps and epochs exclude each other: give one of them"),
+            ("steps warmup_steps", late, late_warmup(c)),
+            (
+                "resume overwrite",
+                bool(c.resume) and c.overwrite,
+                "resume and overwrite exclude each other: give one of them",
+            ),
+            ("device", not present, f"device {c.device} isn't available here: use --device auto"),
+            (
+                "amp device",
+                slow,
+                "amp fp16 on a CPU is about a thousand times slower than fp32: use --amp auto, bf16 or off",
+            ),
         ]
 
     def resolved(self, batches_per_pass: int, batches_per_step: int) -> TrainConfig:
@@ -174,6 +194,10 @@ class TrainConfig:
             save_every=save_every,
             sample_every=self.sample_every or save_every,
         )
+
+
+def late_warmup(c: TrainConfig) -> str:
+    return f"warmup_steps {c.warmup_steps} is over steps {c.steps}: use --warmup_steps {(c.steps or 0) // 10}"
 
 
 FIELDS = {f.name: f for f in dataclasses.fields(TrainConfig)}
@@ -197,15 +221,17 @@ PRESETS: dict[str, dict] = {
 
 def check_value(f: dataclasses.Field, value) -> Iterator[str]:
     """Yields what is wrong with one setting by itself."""
-    rules = f.metadata
-    if value is None:
+    rules, kind = f.metadata, f.type.split()[0]
+    if value is None and f.default is None:
         return
-    if "choices" in rules and value not in rules["choices"]:
+    if not isinstance(value, {"int": int, "float": (int, float), "bool": bool, "str": str}[kind]):
+        yield f"{f.name} {value!r} isn't of type {kind}: the default is {f.default!r}"
+    elif "choices" in rules and value not in rules["choices"]:
         near = difflib.get_close_matches(str(value), rules["choices"], n=1)
         hint = f"did you mean {near[0]}?" if near else "use " + " or ".join(c for c in rules["choices"] if c)
         yield f"{f.name} {value!r} is unknown: {hint}"
     elif isinstance(value, float) and not math.isfinite(value):
-        yield f"{f.name} {value} isn't a finite number: the default is {f.default}"
+        yield f"{f.name} {value} isn't a finite number: use something like {f.default or 1.0}"
     elif "least" in rules and value < rules["least"]:
         yield f"{f.name} {value} is too small: use {rules['least']} or more"
     elif "above" in rules and value <= rules["above"]:
@@ -290,11 +316,19 @@ class Corpus:
 
 def input_problems(path: str) -> list[str]:
     """What can be said about the input file before reading it. data/input.txt may be missing: it is fetched."""
-    if Path(path).is_dir():
+    found = find_input(path)
+    if not path or not (os.path.exists(found) or found == CORPUS_PATH):
+        return [f"input_file {path or '(empty)'} doesn't exist: check the path, or try the bundled text: --preset demo"]
+    if found.is_dir():
         return [f"input_file {path} is a folder: name a text file in it"]
-    if not Path(path).exists() and Path(path) != CORPUS_PATH:
-        return [f"input_file {path} doesn't exist: check the path, or try the bundled text with --preset demo"]
-    return []
+    return (
+        [] if found.is_file() or found == CORPUS_PATH else [f"input_file {path} isn't a plain file: name a text file"]
+    )
+
+
+def find_input(path: str) -> Path:
+    """The bundled and the fetched text are found from any working directory; a file that is there comes first."""
+    return HERE / path if not os.path.exists(path) and os.path.isfile(HERE / path) else Path(path)
 
 
 def fetch_corpus(path: Path) -> None:
@@ -321,12 +355,12 @@ def load_corpus(path: str, tokenizer: Tokenizer, cache_dir: str = "") -> Corpus:
     """Reads a UTF-8 text and its token ids, from the cache if this content was tokenized before.
 
     Raises UsageError for a file that is missing, a folder, unreadable, empty, binary, or not UTF-8."""
-    if Path(path) == CORPUS_PATH and not Path(path).exists():
-        fetch_corpus(Path(path))
     if problems := input_problems(path):
         raise UsageError(*problems)
+    if not find_input(path).exists():
+        fetch_corpus(CORPUS_PATH)
     try:
-        data = Path(path).read_bytes()
+        data = find_input(path).read_bytes()
     except OSError as e:
         raise UsageError(f"input_file {path} can't be read ({e.strerror}): check its permissions") from None
     text, notes = decode_text(data, path)
@@ -601,7 +635,7 @@ def pick_token(logits: torch.Tensor, temperature: float, top_k: int, generator) 
     """Logits (B, V) -> token ids (B, 1): the likeliest at temperature 0, else drawn from the top_k (0: all)."""
     if temperature == 0:
         return logits.argmax(dim=-1, keepdim=True)
-    logits = logits / temperature
+    logits = (logits - logits.max(dim=-1, keepdim=True).values) / max(temperature, 1e-6)  # finite at any temperature
     if 0 < top_k < logits.size(-1):
         logits = logits.masked_fill(logits < logits.topk(top_k).values[:, -1:], -math.inf)
     return torch.multinomial(F.softmax(logits, dim=-1), 1, generator=generator)
@@ -822,7 +856,7 @@ CHECKPOINT_FORMAT = 1  # raised when an older program couldn't read a newer file
 @contextlib.contextmanager
 def atomic_write(path: Path):
     """A binary file that takes the place of `path` when it is whole and on the disk, and never before."""
-    part = path.with_name(path.name + ".part")
+    part = path.with_name(f"{path.name}.{os.environ.get('RANK', 0)}.part")  # several processes may fetch the same file
     try:
         with open(part, "wb") as f:  # not NamedTemporaryFile: its mode 0600 would outlive the rename
             yield f
@@ -856,7 +890,18 @@ class RunDirectory:
         return [self.log_file, self.metrics, self.samples, self.last, self.best, self.record]
 
     def holds_a_run(self) -> bool:
-        return any(path.exists() for path in self.files())
+        return any(os.path.exists(path) for path in self.files())  # unlike Path.exists, False for an impossible name
+
+    def problems(self) -> Iterator[str]:
+        """Why the directory can't be written, before a run finds out."""
+        try:
+            existing = next(p for p in (self.root, *self.root.absolute().parents) if p.exists())
+            if not existing.is_dir():
+                yield f"out_dir {self.root} can't be made, since {existing} is a file: choose another --out_dir"
+            elif not os.access(existing, os.W_OK):
+                yield f"out_dir {self.root} can't be written: change its permissions or choose another --out_dir"
+        except OSError as e:
+            yield f"out_dir {str(self.root)[:80]} can't be used ({e.strerror}): choose another --out_dir"
 
     def owns(self, checkpoint: str) -> bool:
         return bool(checkpoint) and Path(checkpoint).resolve().parent == self.last.resolve().parent
@@ -874,18 +919,22 @@ class RunDirectory:
             if overwrite:
                 path.unlink(missing_ok=True)
 
-    def rewind(self, step: int) -> None:
-        """Drops rows and samples past a step (and torn rows): the run goes on from there and writes them again."""
+    def rewind(self, step: int) -> tuple[int, int]:
+        """Drops rows and samples past a step, which the run makes again from there, and torn rows. Returns the steps of
+        the last row and of the last sample that stay (-1: none)."""
+        rows, blocks = [], []
         if self.metrics.exists():
-            rows = [line.split(",") for line in self.metrics.read_text(encoding="utf-8").splitlines()]
-            kept = [r for r in rows if len(r) == len(CSV_FIELDS) and r[0].isdigit() and int(r[0]) <= step]
+            rows = [line.split(",") for line in self.metrics.read_text(encoding="utf-8", errors="replace").splitlines()]
+            rows = [r for r in rows if len(r) == len(CSV_FIELDS) and r[0].isdigit() and int(r[0]) <= step]
             with atomic_write(self.metrics) as f:
-                f.write("".join(",".join(row) + "\n" for row in [CSV_FIELDS, *kept]).encode())
+                f.write("".join(",".join(row) + "\n" for row in [CSV_FIELDS, *rows]).encode())
         if self.samples.exists():
-            blocks = re.split(rf"^(?={RULE}\nSTEP \d+\n)", self.samples.read_text(encoding="utf-8"), flags=re.M)
-            kept = [b for b in blocks if not (m := re.match(r"=+\nSTEP (\d+)\n", b)) or int(m[1]) <= step]
+            text = self.samples.read_text(encoding="utf-8", errors="replace")
+            blocks = re.findall(rf"^{RULE}\nSTEP (\d+)\n(.*?)(?=^{RULE}\nSTEP|\Z)", text, re.M | re.S)
+            blocks = [(int(n), body) for n, body in blocks if int(n) <= step]
             with atomic_write(self.samples) as f:
-                f.write("".join(kept).encode())
+                f.write("".join(f"{RULE}\nSTEP {n}\n{body}" for n, body in blocks).encode())
+        return int(rows[-1][0]) if rows else -1, blocks[-1][0] if blocks else -1
 
     def write_row(self, row: dict) -> None:
         new = not self.metrics.exists()
@@ -904,36 +953,47 @@ class RunDirectory:
             f.write((json.dumps(record, indent=2, ensure_ascii=False) + "\n").encode())
 
     def read_record(self) -> dict:
-        try:
-            return json.loads(self.record.read_text(encoding="utf-8"))
-        except (OSError, ValueError):
-            return {}
+        with contextlib.suppress(OSError, ValueError):
+            if isinstance(record := json.loads(self.record.read_text(encoding="utf-8")), dict):
+                return record
+        return {}
+
+
+def show(text: str) -> None:
+    """Prints above the progress bar. A terminal that went away, or lacks a character, is no reason to end a run."""
+    if sys.stdout is None:
+        return
+    encoding = sys.stdout.encoding or "utf-8"
+    try:
+        tqdm.write(text.encode(encoding, "replace").decode(encoding), file=sys.stdout)
+        sys.stdout.flush()
+    except OSError:
+        sys.stdout = None
 
 
 class TerminalHandler(logging.Handler):
-    """Prints messages above the progress bar rather than through it."""
-
     def emit(self, record: logging.LogRecord) -> None:
         if record.levelno < logging.ERROR:  # main() says errors on stderr
-            tqdm.write(record.getMessage(), file=sys.stdout)
-            sys.stdout.flush()
+            show(record.getMessage())
 
 
 @contextlib.contextmanager
-def open_log(run: RunDirectory, enabled: bool):
+def open_log(run_dir: RunDirectory, enabled: bool):
     """The run's logger: to the terminal and, with times, to train.log. Silent in all processes but the first."""
     logger = logging.Logger("train")  # not getLogger: two runs in one process must not share handlers
-    handlers: list[logging.Handler] = [logging.NullHandler()]
-    if enabled:
-        handlers = [logging.FileHandler(run.log_file, encoding="utf-8"), TerminalHandler()]
-        handlers[0].setFormatter(logging.Formatter("%(asctime)s | %(levelname)s | %(message)s"))
-    for handler in handlers:
-        logger.addHandler(handler)
+    if not enabled:
+        logger.addHandler(logging.NullHandler())
+        yield logger
+        return
+    file = logging.FileHandler(run_dir.log_file, encoding="utf-8", errors="backslashreplace")
+    file.setFormatter(logging.Formatter("%(asctime)s | %(levelname)s | %(message)s"))
+    file.handleError = lambda record: None  # a full disk is reported once, by what can't do without it
+    logger.addHandler(file)
+    logger.addHandler(TerminalHandler())
     try:
         yield logger
     finally:
-        for handler in handlers:
-            handler.close()
+        file.close()
 
 
 def save_checkpoint(path: Path, content: dict) -> None:
@@ -941,17 +1001,23 @@ def save_checkpoint(path: Path, content: dict) -> None:
     try:
         with atomic_write(path) as f:
             torch.save(content, f)
-    except (OSError, RuntimeError) as e:  # torch turns some failed writes into RuntimeError
-        reason = getattr(e, "strerror", None) or str(e).splitlines()[0]
+    except (OSError, RuntimeError) as e:  # torch hides a failed write behind a RuntimeError
+        cause = e if isinstance(e, OSError) else e.__context__
+        reason = getattr(cause, "strerror", None) or str(e).splitlines()[0]
         kept = "the one before it is intact" if path.exists() else "there is none before it"
         raise RunError(f"checkpoint {path} can't be written ({reason}): {kept}; free some disk space and resume") from e
 
 
 def load_checkpoint(path: str | Path, lazy: bool = False) -> dict:
-    """A checkpoint, on the CPU; `lazy` reads a tensor only when it is used. Never runs code that the file may hold.
+    """A checkpoint, on the CPU. Never runs code that the file may hold. `lazy` reads a tensor only when it is used;
+    else the whole file is read and compared with its checksums.
 
     Raises RunError for a file that is missing, damaged, or of another program or a newer version."""
     try:
+        if not lazy:
+            with zipfile.ZipFile(path) as archive:
+                if damaged := archive.testzip():  # the CRC-32 of each member, which torch itself doesn't look at
+                    raise ValueError(damaged)
         content = torch.load(path, map_location="cpu", weights_only=True, mmap=lazy)
     except FileNotFoundError:
         raise RunError(f"checkpoint {path} doesn't exist: check the path") from None
@@ -960,7 +1026,8 @@ def load_checkpoint(path: str | Path, lazy: bool = False) -> dict:
             f"checkpoint {path} is damaged or isn't a checkpoint ({type(e).__name__}): best.pt beside it may serve for"
             " sampling; to start anew, use --overwrite"
         ) from None
-    if not isinstance(content, dict) or not {"format", "model", "config", "step"} <= content.keys():
+    known = isinstance(content, dict) and {"format", "model", "config", "step"} <= content.keys()
+    if not (known and isinstance(content["format"], int) and isinstance(content["config"], dict)):
         raise RunError(f"checkpoint {path} isn't of this program: name a last.pt that train.py wrote")
     if content["format"] > CHECKPOINT_FORMAT:
         raise RunError(f"checkpoint {path} is of a newer version of train.py: update this one")
@@ -994,7 +1061,8 @@ class Trainer:
     """Model, optimizer, schedule and data of a run, and all that is computed with them. Writes no file."""
 
     def __init__(self, config: TrainConfig, corpus: Corpus, tokenizer: Tokenizer, runtime: Runtime):
-        self.given, self.corpus, self.tokenizer, self.runtime = config, corpus, tokenizer, runtime
+        self.given = config  # as asked for, to be kept in checkpoints; self.config has its gaps filled in
+        self.corpus, self.tokenizer, self.runtime = corpus, tokenizer, runtime
         self.batcher = TokenBatcher(
             torch.from_numpy(corpus.tokens.astype(np.int32)).to(runtime.device),
             config.batch_size,
@@ -1006,6 +1074,8 @@ class Trainer:
         )
         self.batches_per_step = config.grad_accum * runtime.world_size
         self.config = config.resolved(self.batcher.n_batches, self.batches_per_step)
+        if self.config.warmup_steps > self.config.steps:  # only now known, where --epochs set the steps
+            raise UsageError(late_warmup(self.config))
         shape = {name: getattr(config, name) for name in MODEL_FLAGS}
         # A generator of its own: initial weights are a function of the seed and the shape, and of nothing else.
         generator = torch.Generator().manual_seed(config.seed)
@@ -1018,6 +1088,8 @@ class Trainer:
         self.losses = torch.zeros(self.batcher.n_batches, device=runtime.device)
         self.step, self.seconds = 0, 0.0  # done by earlier starts of this run
         self.best_loss = self.best_saved = math.inf  # the lowest avg_loss seen, and the one that best.pt holds
+        self.next_proof = 0  # the step before which a failed proof isn't tried again
+        self.step_loss, self.grad_norm, self.lr = torch.tensor(0.0), torch.tensor(0.0), 0.0  # of the last step
 
     def wrap_model(self) -> nn.Module:
         """The model as training calls it. Checkpoints are made from `self.model`, so their names stay GPT-2's."""
@@ -1100,8 +1172,8 @@ class Trainer:
         skipped = self.runtime.scaler is not None  # then an infinite gradient only skipped the update
         if not (math.isfinite(loss) and math.isfinite(avg_loss) and (skipped or math.isfinite(grad_norm))):
             raise RunError(
-                f"the loss is {loss} and the gradient norm {grad_norm} at step {self.step}: --resume from the"
-                " last checkpoint, which is intact, with a lower --lr or --amp off"
+                f"the loss is {loss} and the gradient norm {grad_norm} at step {self.step}: resume from the last"
+                " checkpoint, or start anew, with a lower --lr or --amp off"
             )
         if self.seen_all():
             self.best_loss = min(self.best_loss, avg_loss)
@@ -1169,8 +1241,16 @@ class Trainer:
             "corpus_sha256": self.corpus.sha256,
         }
 
+    def gather_rng_states(self) -> list[dict[str, torch.Tensor]]:
+        """The random generators' states of each process, in order of rank."""
+        states = [rng_state(self.runtime.device)]
+        if self.runtime.world_size > 1:
+            mine, states = states[0], [None] * self.runtime.world_size
+            dist.all_gather_object(states, mine)
+        return states
+
     def state_dict(self) -> dict:
-        """Everything that the next step depends on, in plain dicts and tensors."""
+        """Everything that the next step depends on, in plain dicts and tensors. All processes must call it together."""
         return {
             **self.weights(),
             "optimizer": self.optimizer.state_dict(),
@@ -1178,10 +1258,12 @@ class Trainer:
             # A scaler that isn't used has an empty state, which can't be loaded.
             "scaler": self.runtime.scaler.state_dict() if self.runtime.scaler else None,
             "batcher": self.batcher.state_dict(),
-            "rng": rng_state(self.runtime.device),
+            "rng": self.gather_rng_states(),
             "losses": self.losses.cpu(),
+            "last_step": {"loss": self.step_loss.item(), "grad_norm": self.grad_norm.item(), "lr": self.lr},
             "best_loss": self.best_loss,
             "best_saved": self.best_saved,
+            "next_proof": self.next_proof,
             "seconds": self.seconds,
         }
 
@@ -1201,9 +1283,13 @@ class Trainer:
         self.losses.copy_(state["losses"])
         self.step, self.seconds = state["step"], state["seconds"]
         self.best_loss, self.best_saved = state["best_loss"], state["best_saved"]
+        self.next_proof, last = state["next_proof"], state["last_step"]
+        self.step_loss, self.grad_norm = torch.tensor(last["loss"]), torch.tensor(last["grad_norm"])
+        self.lr = last["lr"]
         if self.step < self.config.steps:
             self.scheduler = build_scheduler(self.optimizer, self.config, self.step)
-        set_rng_state(state["rng"], self.runtime.device)
+        if self.runtime.rank < len(state["rng"]):
+            set_rng_state(state["rng"][self.runtime.rank], self.runtime.device)
 
     def check_same_run(self, state: dict) -> None:
         """Raises UsageError with every setting that makes this another run than the checkpoint's."""
@@ -1276,8 +1362,9 @@ class Loop:
         self.trainer, self.run_dir, self.log, self.stop, self.command = trainer, run_dir, log, stop, command
         self.alone, self.main = trainer.runtime.world_size == 1, trainer.runtime.rank == 0
         self.poll = stop.poll if self.alone else lambda: None  # of several processes, none may leave by itself
-        self.started_at = self.saved_step = self.logged_step = trainer.step
-        self.next_proof = 0  # the step before which a failed proof isn't tried again
+        self.reads_each_step = trainer.runtime.device.type == "cpu"  # there, a result is there at once
+        self.started_at = self.saved_step = trainer.step
+        self.logged_step = self.sampled_step = -1
         self.final_loss: float | None = None
         self.seconds_at_target: float | None = None
         self.start_time, self.clock_start = now(), time.monotonic() - trainer.seconds
@@ -1291,15 +1378,14 @@ class Loop:
 
     def run(self) -> dict:
         """Trains to the end, whatever it is, and returns what run.json then says. Raises RunError on a fault."""
-        self.announce()
+        if self.main:
+            self.logged_step, self.sampled_step = self.run_dir.rewind(self.trainer.step)
         try:
-            if reason := self.nothing_to_do():
-                self.log.info(f"Nothing to do: {reason}")
+            self.announce()
+            if self.has_ended():
+                self.log.info("Nothing to do: this run has ended; give more --steps or a lower --target_loss to go on")
                 return self.record("nothing to do")
-        except Stopped:
-            return self.record("interrupted")
-        self.write_record(None)
-        try:
+            self.write_record(None)
             try:
                 ended = self.finish(self.train_steps())
             except Stopped:
@@ -1312,30 +1398,48 @@ class Loop:
             raise
         return self.write_record(ended)
 
+    def has_ended(self) -> bool:
+        """Is there nothing more to do in the run that is resumed?"""
+        t, record = self.trainer, self.run_dir.read_record() if self.started_at else {}
+        proven = record.get("ended") == "target reached" and record["final_loss"] < t.config.target_loss
+        done = record.get("ended") == "steps done" and t.step >= t.config.steps
+        return (proven or done) and record.get("steps") == t.step
+
     def train_steps(self) -> str:
         """Steps until the target is proven, the steps are done, or a signal came: returns which."""
-        t, config = self.trainer, self.trainer.config
-        free_to_read = t.runtime.device.type == "cpu"  # there, reading a result waits for nothing
+        t = self.trainer
         self.window_start = time.monotonic()
-        with tqdm(total=config.steps, initial=t.step, unit="step", disable=None if self.main else True) as bar:
-            while t.step < config.steps:
+        disable = None if self.main else True  # None: where stderr is no terminal
+        with tqdm(total=t.config.steps, initial=t.step, unit="step", disable=disable) as bar:
+            # A resumed run may have been cut off after a step, before all that the step leads to was done.
+            ended = self.after_step(bar) if t.step else ""
+            while not ended:
                 self.take_step()
                 bar.update()
-                log_now = t.step in (1, config.steps) or t.step % config.log_every == 0
-                if read := log_now or free_to_read or t.ends_pass():
-                    row = t.measure()
-                    bar.set_postfix_str("loss {loss:.3f}, avg {avg_loss:.3f}, lr {lr:.1e}".format(**row), refresh=False)
-                    if log_now:
-                        self.log_step(row)
-                    if self.target_proven(row["avg_loss"]):
-                        return "target reached"
-                if self.stop_requested(read):
-                    return "interrupted"
-                if t.step % config.save_every == 0:
-                    self.save()
-                if t.step % config.sample_every == 0 and t.step < config.steps:
-                    self.write_samples()
-        return "steps done"
+                ended = self.after_step(bar)
+        return ended
+
+    def after_step(self, bar: tqdm) -> str:
+        """Logs, proves, saves and samples where this step asks for it. Returns how the run ended, or ''."""
+        t, config = self.trainer, self.trainer.config
+        log_now = t.step in (1, config.steps) or t.step % config.log_every == 0
+        read_now = log_now or self.reads_each_step or t.ends_pass()
+        if read_now:
+            row = t.measure()
+            bar.set_postfix_str("loss {loss:.3f}, avg {avg_loss:.3f}, lr {lr:.1e}".format(**row), refresh=False)
+            if log_now:
+                self.log_step(row)
+            if self.target_proven(row["avg_loss"]):
+                return "target reached"
+        if self.stop_requested(read_now):
+            return "interrupted"
+        if t.step % config.save_every == 0:
+            self.save()
+        if t.step >= config.steps:
+            return "steps done"
+        if t.step % config.sample_every == 0:
+            self.write_samples()
+        return ""
 
     def take_step(self) -> None:
         """One step; whatever torch.compile can't do on this machine shows in the first."""
@@ -1350,8 +1454,7 @@ class Loop:
         """Last checkpoint, row, proof and sample, in the order of what would be missed most."""
         self.save()
         if ended != "interrupted":
-            if self.logged_step != self.trainer.step:
-                self.log_step(self.trainer.measure())
+            self.log_step(self.trainer.measure())
             if self.final_loss is None and self.trainer.seen_all():
                 self.prove()
             self.write_samples()
@@ -1366,21 +1469,12 @@ class Loop:
             self.stop.signum = int(signum.item())
         return bool(self.stop.signum) and (self.alone or waiting)
 
-    def nothing_to_do(self) -> str:
-        """Why a resumed run is over already, or ''."""
-        t = self.trainer
-        if t.step >= t.config.steps:
-            return f"all {t.config.steps} steps are done; to train on, give more --steps"
-        if t.step and self.target_proven(t.avg_loss()):
-            return f"the loss is under target_loss {t.config.target_loss}; to train on, lower --target_loss"
-        return ""
-
     # ---- early stop ----
 
     def target_proven(self, avg_loss: float) -> bool:
         """The stopping rule: avg_loss under the target over a full pass, then final_loss under it too."""
         t, target = self.trainer, self.trainer.config.target_loss
-        if not t.seen_all() or avg_loss >= target or t.step < self.next_proof:
+        if not t.seen_all() or avg_loss >= target or t.step < t.next_proof:
             return False
         self.seconds_at_target = self.seconds()
         self.save()  # before the proof, so that a fault there loses nothing
@@ -1389,7 +1483,7 @@ class Loop:
             return True
         self.log.info("The proof isn't under the target: training goes on, and it is tried again a pass later")
         self.final_loss = None
-        self.next_proof = t.step + math.ceil(t.batcher.n_batches / t.batches_per_step)
+        t.next_proof = t.step + math.ceil(t.batcher.n_batches / t.batches_per_step)
         return False
 
     def prove(self) -> float:
@@ -1406,6 +1500,8 @@ class Loop:
 
     def log_step(self, row: dict) -> None:
         """A log line and a CSV row. tok/s is over the wall clock since the last one, saves and samples included."""
+        if row["step"] <= self.logged_step:
+            return
         moment = time.monotonic()
         rate = (row["tokens"] - self.window_tokens) / max(moment - self.window_start, 1e-9)
         self.window_start, self.window_tokens, self.logged_step = moment, row["tokens"], row["step"]
@@ -1423,20 +1519,23 @@ class Loop:
             return
         t.measure()  # never let broken weights take the place of good ones
         self.saved_step, t.seconds = t.step, self.seconds()
-        if not self.main:
-            return
-        if t.seen_all() and t.avg_loss() < t.best_saved:
-            t.best_saved = t.avg_loss()
-            save_checkpoint(self.run_dir.best, t.weights())
-        save_checkpoint(self.run_dir.last, t.state_dict())
+        better = t.seen_all() and t.avg_loss() < t.best_saved
+        t.best_saved = t.avg_loss() if better else t.best_saved
+        content = t.state_dict()
+        if self.main:
+            if better:
+                save_checkpoint(self.run_dir.best, t.weights())
+            save_checkpoint(self.run_dir.last, content)
 
     def write_samples(self) -> None:
         """Appends to samples.txt what the model writes now, and shows it."""
-        if self.main and self.trainer.config.num_prompts:
-            texts = self.trainer.sample(self.poll)
-            self.run_dir.write_samples(self.trainer.step, texts)
+        t = self.trainer
+        if self.main and t.config.num_prompts and self.sampled_step != t.step:
+            texts = t.sample(self.poll)
+            self.run_dir.write_samples(t.step, texts)
+            self.sampled_step = t.step
             for prompt, text in texts:
-                tqdm.write(f"--- sample at step {self.trainer.step} ---\n{prompt}{text}\n", file=sys.stdout)
+                show(f"--- sample at step {t.step} ---\n{prompt}{text}\n")
 
     def record(self, ended: str | None) -> dict:
         """What run.json says: what this run is and, once it is over, how it ended (None: it isn't)."""
@@ -1465,15 +1564,20 @@ class Loop:
             "final_loss": self.final_loss,
             "tokens_to_target": t.tokens() if reached else None,
             "seconds_to_target": round(self.seconds_at_target, 3) if reached else None,
-            "exit_code": 128 + self.stop.signum if ended == "interrupted" else 0,
+            "exit_code": self.exit_code(ended),
         }
+
+    def exit_code(self, ended: str | None) -> int | None:
+        if ended is None:
+            return None
+        return 128 + self.stop.signum if ended == "interrupted" else int(ended.startswith("failed"))
 
     def write_record(self, ended: str | None) -> dict:
         """Writes run.json; a resumed run keeps its first command and start, and lists the commands that followed."""
         record = self.record(ended)
         if self.started_at and (first := self.run_dir.read_record()):
             resumed = first.get("resumed", [])
-            record |= {"command": first["command"], "start": first["start"]}
+            record |= {key: first[key] for key in ("command", "start") if key in first}
             record["resumed"] = [*resumed, self.command] if ended is None else resumed
         if self.main:
             self.run_dir.write_record(record)
@@ -1525,10 +1629,12 @@ def train(config: TrainConfig, command: str = "") -> dict:
         tokenizer = load_tokenizer(config.tokenizer)
         trainer = Trainer(config, load_corpus(config.input_file, tokenizer, config.cache_dir), tokenizer, runtime)
         if path := run_dir.checkpoint_to_resume(config.resume):
-            trainer.load_state_dict(load_checkpoint(path))
+            try:
+                trainer.load_state_dict(load_checkpoint(path))
+            except (KeyError, TypeError, ValueError, RuntimeError) as e:
+                raise RunError(f"checkpoint {path} lacks what a run needs ({e!r:.80}): use another one") from e
         if runtime.rank == 0:
             run_dir.prepare(config.overwrite)
-            run_dir.rewind(trainer.step)
         with open_log(run_dir, runtime.rank == 0) as log, StopSignals() as stop, warnings.catch_warnings():
             # Where the loss scaler skips the very first step, the schedule does move first, and should.
             warnings.filterwarnings("ignore", message="Detected call of `lr_scheduler.step")
@@ -1543,18 +1649,13 @@ def train(config: TrainConfig, command: str = "") -> dict:
 # ======================================================================================================================
 
 
-class Parser(argparse.ArgumentParser):
-    """Raises UsageError instead of leaving the process."""
-
-    def error(self, message):
-        raise UsageError(message)
-
-
-def build_parser() -> Parser:
+def build_parser() -> argparse.ArgumentParser:
     """Flags from TrainConfig. Values stay text here: read_flags converts them and collects what doesn't fit."""
     summary, examples = __doc__.split("\n\n")[:2]
     style = argparse.RawDescriptionHelpFormatter
-    parser = Parser("train.py", None, summary, f"examples:\n{examples}", formatter_class=style, allow_abbrev=False)
+    parser = argparse.ArgumentParser(
+        "train.py", None, summary, f"examples:\n{examples}", formatter_class=style, allow_abbrev=False
+    )
     group = parser
     for f in FIELDS.values():
         if f.metadata["group"]:
@@ -1571,44 +1672,57 @@ def build_parser() -> Parser:
     return parser
 
 
-def read_flags(argv: Sequence[str]) -> tuple[dict, list[str]]:
-    """(the settings given, converted; a sentence for each flag that couldn't be read)."""
-    joined, problems, given, rest = [], [], {}, list(argv)
+def read_flags(argv: Sequence[str]) -> tuple[dict, dict[str, str]]:
+    """(the settings given, converted; a sentence for each argument that couldn't be read, by its name)."""
+    joined, problems, given, rest = [], {}, {}, list(argv)
     while rest:  # "--lr -1" -> "--lr=-1", so that a negative number isn't taken for a flag
         arg = rest.pop(0)
-        if (f := FIELDS.get(arg.removeprefix("--"))) and arg.startswith("--") and f.type != "bool":
-            if not rest or rest[0].startswith("--"):
-                problems.append(f"{arg} needs a value: python train.py --help says which")
-                given[f.name] = f.default or 100  # for the checks that follow
-                continue
-            arg = f"{arg}={rest.pop(0)}"
-        joined.append(arg)
-    try:
-        namespace, unknown = build_parser().parse_known_args(joined)
-    except UsageError as e:
-        return {}, [*problems, *e.problems]
-    problems += unknown_flags(unknown)
+        name, has_value, _ = arg.removeprefix("--").removeprefix("no-").partition("=")
+        f = FIELDS.get(name) if arg.startswith("--") else None
+        if f and f.type == "bool" and has_value:
+            problems[name] = f"{arg} takes no value: use --{name} or --no-{name}"
+        elif f and f.type != "bool" and not has_value and (not rest or rest[0].startswith("--")):
+            problems[name] = f"{arg} needs a value: python train.py --help says which"
+        else:
+            joined.append(f"{arg}={rest.pop(0)}" if f and f.type != "bool" and not has_value else arg)
+    namespace, unknown = build_parser().parse_known_args(joined)
+    problems |= unknown_flags(unknown)
     for name, text in vars(namespace).items():
         try:
-            convert = {"int": int, "float": float}.get(FIELDS[name].type.split()[0], lambda value: value)
+            convert = {"int": int, "float": float, "str": printable}.get(FIELDS[name].type.split()[0], bool)
             given[name] = convert(text)
-        except ValueError:
-            kind = "a whole number" if FIELDS[name].type.startswith("int") else "a number"
-            given[name] = FIELDS[name].default or 100  # for the checks that follow
-            problems.append(f"{name} {text!r} isn't {kind}: use something like --{name} {given[name]}")
+        except ValueError as e:
+            kind = {"int": "a whole number", "float": "a number"}.get(FIELDS[name].type.split()[0], str(e))
+            problems[name] = f"{name} {text!r} isn't {kind}: use something like {FIELDS[name].default or 100!r}"
     return given, problems
 
 
-def unknown_flags(unknown: Sequence[str]) -> Iterator[str]:
+def printable(text: str) -> str:
+    """The text itself. Raises ValueError for bytes of a terminal that isn't in UTF-8."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        raise ValueError("UTF-8") from None
+    return text
+
+
+def unescape(text: str) -> str:
+    r"""A prompt as the shell passes it on: \n, \t and \\ stand for a line break, a tabulator and a backslash."""
+    return re.sub(r"\\([nt\\])", lambda m: {"n": "\n", "t": "\t"}.get(m[1], "\\"), text)
+
+
+def unknown_flags(unknown: Sequence[str]) -> dict[str, str]:
     """A sentence for each argument that is no flag, except the value behind an unknown flag."""
-    after_flag = False
+    problems, after_flag = {}, False
     for arg in unknown:
         if arg.startswith("-"):
             near = difflib.get_close_matches(arg.lstrip("-").split("=")[0], FIELDS, n=1)
-            yield f"{arg} is unknown: " + (f"did you mean --{near[0]}?" if near else "python train.py --help lists all")
+            remedy = f"did you mean --{near[0]}?" if near else "python train.py --help lists all"
+            problems[arg] = f"{arg} is unknown: {remedy}"
         elif not after_flag:
-            yield f"{arg!r} stands alone: put the flag that it belongs to before it"
+            problems[arg] = f"{arg!r} stands alone: put the flag that it belongs to before it"
         after_flag = arg.startswith("-") and "=" not in arg
+    return problems
 
 
 def config_from_flags(argv: Sequence[str]) -> TrainConfig:
@@ -1617,10 +1731,10 @@ def config_from_flags(argv: Sequence[str]) -> TrainConfig:
     Raises UsageError with all problems of the flags at once; RunError for a checkpoint that can't be read."""
     given, problems = read_flags(argv)
     if "prompt" in given:
-        given["prompt"] = re.sub(r"\\([nt\\])", lambda m: {"n": "\n", "t": "\t"}.get(m[1], "\\"), given["prompt"])
+        given["prompt"] = unescape(given["prompt"])
     base = dict(PRESETS.get(given.get("preset", ""), {}))
     run_dir = RunDirectory(given.get("out_dir") or base.get("out_dir") or TrainConfig.out_dir)
-    if not problems and (path := run_dir.checkpoint_to_resume(given.get("resume", ""))):
+    if path := run_dir.checkpoint_to_resume(given.get("resume", "")):
         once = {"resume", "overwrite", "preset", "out_dir"}  # these belong to one start, not to the run
         base = {k: v for k, v in load_checkpoint(path, lazy=True)["config"].items() if k in FIELDS and k not in once}
         base["out_dir"] = str(path.parent.parent if path.absolute().parent.name == "checkpoints" else run_dir.root)
@@ -1628,12 +1742,13 @@ def config_from_flags(argv: Sequence[str]) -> TrainConfig:
         if one in given and other not in given:
             base[other] = None
     config = dataclasses.replace(TrainConfig(), **(base | given))
+    sentences = list(problems.values())
     try:
-        config.validate()
+        config.validate(unreadable=FIELDS.keys() & problems.keys())
     except UsageError as e:
-        problems += e.problems
-    if problems:
-        raise UsageError(*problems)
+        sentences += e.problems
+    if sentences:
+        raise UsageError(*sentences)
     return config
 
 
@@ -1647,8 +1762,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 2
     except RunError as e:
         print(f"train.py: {e}", file=sys.stderr)
-    except torch.OutOfMemoryError:
-        print("train.py: the GPU's memory is full: lower --batch_size or --seq_len", file=sys.stderr)
+    except RuntimeError as e:
+        if not isinstance(e, torch.OutOfMemoryError) and "can't allocate memory" not in str(e):
+            raise
+        print("train.py: the memory is full: lower --batch_size, --seq_len or the model's size", file=sys.stderr)
     except OSError as e:
         print(f"train.py: {e.strerror or e} ({e.filename or 'no file named'})", file=sys.stderr)
     except KeyboardInterrupt:

@@ -96,6 +96,17 @@ def test_a_signal_during_a_long_sample_is_heard(tmp_path):
     assert train.load_checkpoint(tmp_path / "out" / "checkpoints" / "last.pt")["step"] == 1
 
 
+def test_a_second_signal_is_left_to_the_system():
+    before = signal.getsignal(signal.SIGTERM)
+    with train.StopSignals() as stop:
+        os.kill(os.getpid(), signal.SIGTERM)
+        assert stop.signum == signal.SIGTERM
+        assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
+        with pytest.raises(train.Stopped):
+            stop.poll()
+    assert signal.getsignal(signal.SIGTERM) is before
+
+
 def test_bad_flags_exit_with_2_and_a_sentence_each(tmp_path):
     code, stdout, stderr = run(*tiny_flags(tmp_path / "out", lr=-1, n_embd=17), "--stepz", "4")
     assert (code, stdout) == (2, "")

@@ -86,6 +86,11 @@ def test_a_sound_configuration_passes(tiny):
         ({"amp": "fp17"}, "amp 'fp17' is unknown: did you mean fp16?"),
         ({"amp": "fp16"}, "amp fp16 on a CPU is about a thousand times slower than fp32: use --amp auto"),
         ({"device": "tpu"}, "device 'tpu' is unknown"),
+        ({"seed": 2**32}, "seed 4294967296 is too large"),
+        ({"lr": "fast"}, "lr 'fast' isn't of type float"),
+        ({"input_file": ""}, "input_file (empty) doesn't exist"),
+        ({"out_dir": __file__ + "/run"}, "out_dir"),
+        ({"out_dir": "x" * 5000}, "out_dir"),
         ({"resume": "auto", "overwrite": True}, "resume and overwrite exclude each other"),
         ({"input_file": "nowhere.txt"}, "input_file nowhere.txt doesn't exist"),
         ({"input_file": "."}, "input_file . is a folder"),
@@ -123,6 +128,20 @@ def test_explicit_flags_win_over_the_preset(tmp_path):
 def test_a_given_length_replaces_the_one_of_the_preset(tmp_path):
     config = train.config_from_flags(["--preset", "demo", "--epochs", "2", "--out_dir", str(tmp_path / "run")])
     assert (config.steps, config.epochs) == (None, 2.0)
+
+
+@pytest.mark.parametrize(
+    ("argv", "sentence"),
+    [
+        (["--compile=yes"], "--compile=yes takes no value"),
+        (["--epochs", "inf"], "epochs inf isn't a finite number"),
+        (["--prompt", "caf\udce9"], "prompt 'caf\\udce9' isn't UTF-8"),
+        (["word"], "'word' stands alone"),
+    ],
+)
+def test_odd_flags_have_their_sentence_beside_the_others(argv, sentence, tmp_path):
+    first, second = flag_problems("--preset", "demo", "--out_dir", str(tmp_path / "run"), *argv, "--lr", "-1")
+    assert sentence in first + second and "lr -1.0 is too small" in first + second
 
 
 def test_the_prompt_takes_escapes(tmp_path):

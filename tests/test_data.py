@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import hashlib
 import http.server
+import os
 import socket
 import threading
 
@@ -164,6 +165,17 @@ def test_a_cache_that_refuses_costs_only_time(tmp_path, tokenizer):
     assert "not cached" in load(tmp_path, PLAY.read_bytes(), tokenizer).notes[-1]
 
 
+def test_a_pipe_is_refused_at_once(tmp_path, tokenizer):
+    os.mkfifo(tmp_path / "pipe")
+    with pytest.raises(train.UsageError, match="isn't a plain file"):
+        train.load_corpus(str(tmp_path / "pipe"), tokenizer)
+
+
+def test_the_bundled_text_is_found_from_any_folder(tmp_path, tokenizer, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert train.load_corpus("data/sample.txt", tokenizer).text == PLAY.read_text(encoding="utf-8")
+
+
 # ---- tiny Shakespeare, fetched ----
 
 
@@ -177,6 +189,7 @@ def source(tmp_path, monkeypatch):
     threading.Thread(target=server.serve_forever, daemon=True).start()
     monkeypatch.setattr(train, "CORPUS_URL", f"http://127.0.0.1:{server.server_port}/input.txt")
     monkeypatch.setattr(train, "CORPUS_SHA256", hashlib.sha256(PLAY.read_bytes()).hexdigest())
+    monkeypatch.setattr(train, "HERE", tmp_path / "nowhere")
     monkeypatch.chdir(tmp_path)
     yield PLAY.read_text(encoding="utf-8")
     server.shutdown()
@@ -201,6 +214,7 @@ def test_offline_the_error_names_the_bundled_text_and_the_place(tmp_path, tokeni
     with socket.socket() as unused:
         unused.bind(("127.0.0.1", 0))  # bound and not listening: refuses at once
         monkeypatch.setattr(train, "CORPUS_URL", f"http://127.0.0.1:{unused.getsockname()[1]}/input.txt")
+        monkeypatch.setattr(train, "HERE", tmp_path / "nowhere")
         monkeypatch.chdir(tmp_path)
         with pytest.raises(train.UsageError, match=r"put the file at data/input.txt yourself.*data/sample.txt"):
             train.load_corpus("data/input.txt", tokenizer)

@@ -158,6 +158,7 @@ def test_top_k_and_temperature():
     assert {train.pick_token(logits, 100.0, 0, generator).item() for _ in range(200)} == {0, 1, 2, 3}
     assert {train.pick_token(logits, 0.05, 0, generator).item() for _ in range(50)} == {1}
     assert train.pick_token(logits, 0, 0, None).item() == 1
+    assert train.pick_token(logits, 1e-40, 0, generator).item() == 1
 
 
 def test_dropout_acts_in_training_only():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import logging
 import math
@@ -195,13 +196,15 @@ class Evil:
         return (os.mkdir, ("evil",))
 
 
-@pytest.mark.parametrize("content", ["truncated", b"", b"text", "code", "foreign", "newer"])
+@pytest.mark.parametrize("content", ["truncated", b"", b"text", "code", "foreign", "newer", "flipped"])
 def test_a_bad_checkpoint_is_one_sentence(finished, tmp_path, monkeypatch, content):
     monkeypatch.chdir(tmp_path)
     path = tmp_path / "last.pt"
     good = (finished / "checkpoints" / "last.pt").read_bytes()
     if content == "truncated":
         path.write_bytes(good[: len(good) // 2])
+    elif content == "flipped":
+        path.write_bytes(good[:1_000_000] + bytes([good[1_000_000] ^ 1]) + good[1_000_001:])
     elif content == "code":
         torch.save(Evil(), path)
     elif content == "foreign":
@@ -214,6 +217,35 @@ def test_a_bad_checkpoint_is_one_sentence(finished, tmp_path, monkeypatch, conte
         train.load_checkpoint(path)
     assert "last.pt" in str(caught.value) and "\n" not in str(caught.value)
     assert not (tmp_path / "evil").exists()  # code in a pickle is never run
+
+
+@pytest.mark.parametrize("part", ["losses", "optimizer", "rng", "batcher"])
+def test_a_checkpoint_that_lacks_a_part_is_one_sentence(tiny, tmp_path, part):
+    train.train(tiny())
+    last = tmp_path / "out" / "checkpoints" / "last.pt"
+    train.save_checkpoint(last, train.load_checkpoint(last) | {part: {}})
+    with pytest.raises(train.RunError, match="lacks what a run needs"):
+        train.train(tiny(resume="auto", steps=20))
+
+
+class Terminal(io.TextIOWrapper):
+    def __init__(self, encoding, error=None):
+        super().__init__(io.BytesIO(), encoding=encoding)
+        self.error = error
+
+    def write(self, text):
+        if self.error:
+            raise self.error
+        return super().write(text)
+
+
+def test_a_terminal_that_lacks_a_character_or_went_away_ends_no_run(monkeypatch):
+    monkeypatch.setattr(train.sys, "stdout", terminal := Terminal("ascii"))
+    train.show("caf\u00e9")
+    assert terminal.buffer.getvalue() == b"caf?\n"
+    monkeypatch.setattr(train.sys, "stdout", Terminal("utf-8", BrokenPipeError()))
+    train.show("text")
+    train.show("and again, with no terminal at all")
 
 
 def test_two_runs_in_one_process_do_not_share_a_log(tiny, tmp_path):

@@ -7,7 +7,6 @@ import math
 import os
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 import torch
@@ -75,6 +74,41 @@ def test_avg_loss_is_the_mean_of_the_last_pass_whatever_the_order(tiny, make_tra
     assert len(seen) == trainer.batcher.n_batches and trainer.seen_all()
 
 
+def test_loss_scaling_changes_neither_norm_nor_step(tiny, make_trainer):
+    plain, scaled = make_trainer(tiny(warmup_steps=0)), make_trainer(tiny(warmup_steps=0))
+    scaled.runtime.scaler = torch.amp.GradScaler("cpu", init_scale=1024.0)
+    plain.train_step()
+    scaled.train_step()
+    assert scaled.grad_norm.item() == pytest.approx(plain.grad_norm.item(), rel=1e-5) and plain.grad_norm > 1
+    for a, b in zip(plain.model.parameters(), scaled.model.parameters(), strict=True):
+        torch.testing.assert_close(a, b, atol=2e-6, rtol=1e-4)
+
+
+def test_the_loss_is_computed_in_fp32(tiny, make_trainer):
+    trainer = make_trainer(tiny(amp="bf16"))
+    with trainer.runtime.autocast():
+        logits, loss = trainer.model(*trainer.batcher.batch(0))
+    assert (logits.dtype, loss.dtype) == (torch.bfloat16, torch.float32)
+
+
+def test_dropout_acts_in_training(tiny, tmp_path):
+    for name, dropout in (("without", 0.0), ("with", 0.3)):
+        train.train(tiny(out_dir=str(tmp_path / name), dropout=dropout))
+    losses = [[row["loss"] for row in rows_of(tmp_path / name)] for name in ("without", "with")]
+    assert all(a != b for a, b in zip(*losses, strict=True))
+
+
+def test_each_process_drops_other_activations(tiny, tokenizer):
+    config = tiny()
+    corpus, states = train.load_corpus(config.input_file, tokenizer), []
+    for rank in (0, 1):
+        runtime = train.Runtime(torch.device("cpu"), None, None, "", rank=rank)
+        weights = train.Trainer(config, corpus, tokenizer, runtime).model.state_dict()
+        states.append((torch.get_rng_state(), weights))
+    assert not torch.equal(states[0][0], states[1][0])
+    assert same_weights(states[0][1], states[1][1])
+
+
 def test_loss_scaling_skips_a_bad_step_and_the_schedule_goes_on(tiny, make_trainer):
     config = tiny(steps=10, warmup_steps=5)
     trainer, plain = make_trainer(config), make_trainer(config)
@@ -109,6 +143,7 @@ def test_the_proof_counts_each_target_once(tiny, make_trainer):
                 losses.setdefault(start + j + 1, -log_p[j, tokens[start + j + 1]].item())
     assert sorted(losses) == list(range(1, len(tokens)))
     expected = sum(losses.values()) / len(losses)
+    trainer.model.train()  # which the proof must not take over, with its dropout
     assert trainer.evaluate(lambda: None) == pytest.approx(expected, rel=1e-6)
 
 
@@ -150,6 +185,14 @@ def test_a_failed_proof_lets_the_run_go_on(tiny, monkeypatch):
     result = train.train(tiny(steps=500, target_loss=1000.0))
     assert proofs == [40, 80, 120]  # tried again a pass later, not at each step
     assert (result["ended"], result["steps"], result["final_loss"]) == ("target reached", 120, 1.0)
+
+
+def test_tokens_a_second_are_over_the_wall_clock_of_the_window(tiny, tmp_path):
+    train.train(tiny(steps=60, log_every=20, save_every=15))
+    rows = [{k: float(v) for k, v in row.items()} for row in rows_of(tmp_path / "out")]
+    for before, row in zip(rows, rows[1:], strict=False):
+        window = row["elapsed_s"] - before["elapsed_s"]
+        assert row["tok_per_s"] == pytest.approx((row["tokens"] - before["tokens"]) / window, rel=0.1)
 
 
 def test_target_0_never_stops(tiny):
@@ -218,6 +261,82 @@ def test_what_came_after_the_checkpoint_is_done_again_and_not_doubled(tiny, tmp_
     assert (tmp_path / "out" / "samples" / "samples.txt").read_text() == samples
 
 
+@pytest.mark.parametrize("cut", ["evaluate", "sample"])
+@pytest.mark.parametrize("settings", [{"steps": 100, "target_loss": 1000.0}, {"steps": 45, "target_loss": 0.0}])
+def test_an_ending_that_was_cut_short_is_made_up_for(tiny, tmp_path, monkeypatch, cut, settings):
+    """Stopped in the proof or in a sample: resumed, the run ends as the one that wasn't."""
+    settings = {"log_every": 7, "save_every": 1000, "sample_every": 20, **settings}
+    whole = train.train(tiny(out_dir=str(tmp_path / "whole"), **settings))
+
+    def stopped(self, poll):
+        raise train.Stopped
+
+    with monkeypatch.context() as patch:
+        patch.setattr(train.Trainer, cut, stopped)
+        assert train.train(tiny(out_dir=str(tmp_path / "cut"), **settings))["ended"] == "interrupted"
+    resumed = train.train(tiny(out_dir=str(tmp_path / "cut"), resume="auto", **settings))
+    for key in ("ended", "steps", "tokens", "avg_loss", "final_loss", "tokens_to_target"):
+        assert resumed[key] == whole[key], key
+    assert without_times(rows_of(tmp_path / "whole")) == without_times(rows_of(tmp_path / "cut"))
+    samples = [(tmp_path / name / "samples" / "samples.txt").read_text() for name in ("whole", "cut")]
+    assert samples[0] == samples[1]
+
+
+def test_a_proof_can_be_stopped(tiny, make_trainer):
+    def poll():
+        raise train.Stopped
+
+    with pytest.raises(train.Stopped):
+        make_trainer(tiny()).evaluate(poll)
+
+
+def test_a_fault_in_the_proof_loses_nothing(tiny, tmp_path, monkeypatch):
+    def fault(self, poll):
+        raise RuntimeError("the device fell off the bus")
+
+    monkeypatch.setattr(train.Trainer, "evaluate", fault)
+    with pytest.raises(RuntimeError):
+        train.train(tiny(steps=100, target_loss=1000.0, save_every=1000))
+    assert train.load_checkpoint(tmp_path / "out" / "checkpoints" / "last.pt")["step"] == 40
+
+
+def test_a_state_holds_what_the_next_step_depends_on(tiny, make_trainer):
+    one, two = make_trainer(tiny()), make_trainer(tiny(beta1=0.5, weight_decay=0.3))
+    for trainer in (one, two):
+        trainer.runtime.scaler = torch.amp.GradScaler("cpu", init_scale=32.0 if trainer is one else 64.0)
+    one.train_step()
+    one.best_loss, one.best_saved, one.next_proof, one.seconds = 1.5, 2.5, 7, 100.0
+    two.load_state_dict(one.state_dict())
+    assert (two.best_loss, two.best_saved, two.next_proof, two.seconds) == (1.5, 2.5, 7, 100.0)
+    assert two.runtime.scaler.get_scale() == 32.0
+    assert one.measure() == two.measure()
+    # The flags of this start win over those of the saved one.
+    assert [(g["betas"], g["weight_decay"]) for g in two.optimizer.param_groups] == [
+        ((0.5, 0.95), 0.3),
+        ((0.5, 0.95), 0),
+    ]
+
+
+def test_time_goes_on_where_it_stopped(tiny, tmp_path):
+    train.train(tiny(steps=5))
+    before = float(rows_of(tmp_path / "out")[-1]["elapsed_s"])
+    checkpoint = tmp_path / "out" / "checkpoints" / "last.pt"
+    train.save_checkpoint(checkpoint, train.load_checkpoint(checkpoint) | {"seconds": before + 1000})
+    train.train(tiny(steps=10, resume="auto"))
+    assert 1000 < float(rows_of(tmp_path / "out")[-1]["elapsed_s"]) < 1100
+
+
+def test_torn_and_foreign_files_do_not_stop_a_resume(tiny, tmp_path):
+    train.train(tiny(steps=10))
+    out = tmp_path / "out"
+    for path, bytes_ in (("samples/samples.txt", b"\xe2\x80"), ("logs/train_metrics.csv", b"\xff,1\n11,")):
+        with open(out / path, "ab") as f:
+            f.write(bytes_)
+    (out / "run.json").write_text("[1]")
+    assert train.train(tiny(steps=20, resume="auto"))["ended"] == "steps done"
+    assert [row["step"] for row in rows_of(out)] == [str(n) for n in range(1, 21)]
+
+
 def test_more_steps_draw_the_curve_anew(tiny, tmp_path):
     train.train(tiny(steps=10))
     result = train.train(tiny(steps=20, resume="auto"))
@@ -284,27 +403,78 @@ def test_a_loss_that_is_not_finite_ends_the_run_and_keeps_the_last_checkpoint(ti
     assert train.load_checkpoint(tmp_path / "out" / "checkpoints" / "last.pt")["step"] == 8
     assert all(w.isfinite().all() for w in weights_of(tmp_path / "out").values())
     record = json.loads((tmp_path / "out" / "run.json").read_text())
-    assert record["ended"].startswith("failed: the loss is nan")
+    assert record["ended"].startswith("failed: the loss is nan") and record["exit_code"] == 1
+
+
+def test_weights_that_broke_unseen_do_not_replace_a_good_checkpoint(tiny, tmp_path, monkeypatch):
+    """On a GPU losses are read now and then, so a save must look by itself."""
+    real_step, real_init = train.Trainer.train_step, train.Loop.__init__
+
+    def broken(self):
+        if self.step == 6:
+            with torch.no_grad():
+                self.model.transformer.ln_f.weight.fill_(math.nan)
+        real_step(self)
+
+    def rarely_reading(self, *args):
+        real_init(self, *args)
+        self.reads_each_step = False
+
+    monkeypatch.setattr(train.Trainer, "train_step", broken)
+    monkeypatch.setattr(train.Loop, "__init__", rarely_reading)
+    with pytest.raises(train.RunError, match="at step 8"):
+        train.train(tiny(steps=20, save_every=4, log_every=100))
+    assert train.load_checkpoint(tmp_path / "out" / "checkpoints" / "last.pt")["step"] == 4
+
+
+def test_a_warm_up_longer_than_the_epochs_is_a_usage_error(tiny):
+    with pytest.raises(train.UsageError, match="warmup_steps 500 is over steps 40"):
+        train.train(tiny(steps=None, epochs=1.0, warmup_steps=500))
 
 
 # ---- several processes ----
 
 
+def launch(program, tmp_path, flags, processes=1):
+    torchrun = ["-m", "torch.distributed.run", f"--nproc_per_node={processes}", "--rdzv_backend=c10d"]
+    torchrun = [*torchrun, "--rdzv_endpoint=127.0.0.1:0"] if processes > 1 else []
+    env = {**os.environ, "OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo", "PYTHONPATH": str(ROOT)}
+    command = [sys.executable, *torchrun, str(program), *flags]
+    return subprocess.run(command, capture_output=True, text=True, env=env, timeout=200, cwd=tmp_path)
+
+
 def test_two_processes_do_what_one_does_with_twice_the_accumulation(tmp_path):
     settings = {"steps": 25, "save_every": 25, "target_loss": 0}
-    alone = tiny_flags(tmp_path / "alone", grad_accum=4, **settings)
-    pair = tiny_flags(tmp_path / "pair", grad_accum=2, **settings)
-    torchrun = ["-m", "torch.distributed.run", "--nproc_per_node=2", "--master_port=0", "--rdzv_backend=c10d"]
-    torchrun += ["--rdzv_endpoint=127.0.0.1:0"]
-    env = {**os.environ, "OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"}
-    for launcher, flags in (([], alone), (torchrun, pair)):
-        command = [sys.executable, *launcher, str(ROOT / "train.py"), *flags]
-        done = subprocess.run(command, capture_output=True, text=True, env=env, timeout=200, cwd=Path(tmp_path))
+    alone, pair = tmp_path / "alone", tmp_path / "pair"
+    for out, accum, processes in ((alone, 4, 1), (pair, 2, 2)):
+        done = launch(ROOT / "train.py", tmp_path, tiny_flags(out, grad_accum=accum, **settings), processes)
         assert done.returncode == 0, done.stderr
-    for one, two in zip(rows_of(tmp_path / "alone"), rows_of(tmp_path / "pair"), strict=True):
-        assert [one[k] for k in ("step", "epoch", "tokens", "lr")] == [
-            two[k] for k in ("step", "epoch", "tokens", "lr")
-        ]
+    for one, two in zip(rows_of(alone), rows_of(pair), strict=True):
+        assert all(one[k] == two[k] for k in ("step", "epoch", "tokens", "lr"))
         for figure in ("loss", "avg_loss", "grad_norm"):
             assert float(one[figure]) == pytest.approx(float(two[figure]), rel=1e-4)
-    assert json.loads((tmp_path / "pair" / "run.json").read_text())["processes"] == 2
+    assert json.loads((pair / "run.json").read_text())["processes"] == 2
+
+
+def test_two_processes_stop_together_and_resume_exactly(tmp_path):
+    """A signal that only the second process hears, in a run with dropout."""
+    program = tmp_path / "signalled.py"
+    program.write_text(
+        "import os, train\n"
+        "real = train.Loop.take_step\n"
+        "def take_step(self):\n"
+        "    real(self)\n"
+        "    if os.environ['RANK'] == '1' and self.trainer.step == 8:\n"
+        "        self.stop.signum = 15\n"
+        "train.Loop.take_step = take_step\n"
+        "raise SystemExit(train.main())\n"
+    )
+    settings = {"steps": 16, "dropout": 0.3, "num_prompts": 0, "target_loss": 0}
+    assert launch(ROOT / "train.py", tmp_path, tiny_flags(tmp_path / "whole", **settings), 2).returncode == 0
+    launch(program, tmp_path, tiny_flags(tmp_path / "parts", **settings), 2)
+    record = json.loads((tmp_path / "parts" / "run.json").read_text())
+    assert (record["ended"], record["steps"], record["exit_code"]) == ("interrupted", 8, 143)
+    last = str(tmp_path / "parts" / "checkpoints" / "last.pt")
+    assert launch(ROOT / "train.py", tmp_path, ["--resume", last], 2).returncode == 0
+    assert without_times(rows_of(tmp_path / "whole")) == without_times(rows_of(tmp_path / "parts"))
+    assert same_weights(weights_of(tmp_path / "whole"), weights_of(tmp_path / "parts"))
