@@ -319,11 +319,9 @@ def input_problems(path: str) -> list[str]:
     found = find_input(path)
     if not path or not (os.path.exists(found) or found == CORPUS_PATH):
         return [f"input_file {path or '(empty)'} doesn't exist: check the path, or try the bundled text: --preset demo"]
-    if found.is_dir():
-        return [f"input_file {path} is a folder: name a text file in it"]
-    return (
-        [] if found.is_file() or found == CORPUS_PATH else [f"input_file {path} isn't a plain file: name a text file"]
-    )
+    if found.exists() and not found.is_file():
+        return [f"input_file {path} is {'a folder' if found.is_dir() else 'no plain file'}: name a text file"]
+    return []
 
 
 def find_input(path: str) -> Path:

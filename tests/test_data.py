@@ -167,7 +167,7 @@ def test_a_cache_that_refuses_costs_only_time(tmp_path, tokenizer):
 
 def test_a_pipe_is_refused_at_once(tmp_path, tokenizer):
     os.mkfifo(tmp_path / "pipe")
-    with pytest.raises(train.UsageError, match="isn't a plain file"):
+    with pytest.raises(train.UsageError, match="is no plain file"):
         train.load_corpus(str(tmp_path / "pipe"), tokenizer)
 
 
