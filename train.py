@@ -137,7 +137,7 @@ class TrainConfig:
         problems = {f.name: p for f in FIELDS.values() for p in check_value(f, getattr(self, f.name))}
         unsound = {*problems, *unreadable}
         sound = dataclasses.replace(self, **{name: FIELDS[name].default for name in unsound})
-        found = [r for names, broken, r in sound.conflicts() if broken and not unsound & set(names.split())]
+        found = [remedy for names, remedy in sound.conflicts() if not unsound & set(names.split())]
         run_dir = RunDirectory(self.out_dir)
         if run_dir.holds_a_run() and not (self.overwrite or self.resume == "auto" or run_dir.owns(self.resume)):
             found.append(
@@ -147,41 +147,28 @@ class TrainConfig:
         if found := [*problems.values(), *found, *run_dir.problems(), *input_problems(self.input_file)]:
             raise UsageError(*found)
 
-    def conflicts(self) -> list[tuple[str, bool, str]]:
-        """Rules that compare several settings: (their names, is it broken?, what to do)."""
+    def conflicts(self) -> Iterator[tuple[str, str]]:
+        """Yields (settings that don't go together, what to do about it)."""
         c, width = self, max(1, round(self.n_embd / self.n_head)) * self.n_head
-        late, present = (c.warmup_steps or 0) > (c.steps or math.inf), device_present(c.device)
-        slow = c.amp == "fp16" and present and pick_device(c.device).type == "cpu"
-        return [
-            (
-                "n_embd n_head",
-                c.n_embd % c.n_head != 0,
-                f"n_embd {c.n_embd} isn't divisible by n_head {c.n_head}: try {width}",
-            ),
-            (
-                "seq_len block_size",
-                c.seq_len > c.block_size,
-                f"seq_len {c.seq_len} is over block_size {c.block_size}: use at most that",
-            ),
-            (
-                "steps epochs",
-                not (c.steps or c.epochs),
-                "the run has no length: give --steps N or --epochs N, or try --preset demo",
-            ),
-            ("steps epochs", bool(c.steps and c.epochs), "steps and epochs exclude each other: give one of them"),
-            ("steps warmup_steps", late, late_warmup(c)),
-            (
-                "resume overwrite",
-                bool(c.resume) and c.overwrite,
-                "resume and overwrite exclude each other: give one of them",
-            ),
-            ("device", not present, f"device {c.device} isn't available here: use --device auto"),
-            (
+        if c.n_embd % c.n_head:
+            yield "n_embd n_head", f"n_embd {c.n_embd} isn't divisible by n_head {c.n_head}: try {width}"
+        if c.seq_len > c.block_size:
+            yield "seq_len block_size", f"seq_len {c.seq_len} is over block_size {c.block_size}: use at most that"
+        if not (c.steps or c.epochs):
+            yield "steps epochs", "the run has no length: give --steps N or --epochs N, or try --preset demo"
+        if c.steps and c.epochs:
+            yield "steps epochs", "steps and epochs exclude each other: give one of them"
+        if c.steps and (c.warmup_steps or 0) > c.steps:
+            yield "steps warmup_steps", late_warmup(c)
+        if c.resume and c.overwrite:
+            yield "resume overwrite", "resume and overwrite exclude each other: give one of them"
+        if not device_present(c.device):
+            yield "device", f"device {c.device} isn't available here: use --device auto"
+        elif c.amp == "fp16" and pick_device(c.device).type == "cpu":
+            yield (
                 "amp device",
-                slow,
                 "amp fp16 on a CPU is about a thousand times slower than fp32: use --amp auto, bf16 or off",
-            ),
-        ]
+            )
 
     def resolved(self, batches_per_pass: int, batches_per_step: int) -> TrainConfig:
         """The same settings with each None filled in, once the corpus is known."""
@@ -1399,9 +1386,9 @@ class Loop:
     def has_ended(self) -> bool:
         """Is there nothing more to do in the run that is resumed?"""
         t, record = self.trainer, self.run_dir.read_record() if self.started_at else {}
-        proven = record.get("ended") == "target reached" and record["final_loss"] < t.config.target_loss
-        done = record.get("ended") == "steps done" and t.step >= t.config.steps
-        return (proven or done) and record.get("steps") == t.step
+        ended, final_loss = record.get("ended"), record.get("final_loss") or math.inf
+        more = t.step < t.config.steps if ended == "steps done" else final_loss >= t.config.target_loss
+        return ended in ("target reached", "steps done") and record.get("steps") == t.step and not more
 
     def train_steps(self) -> str:
         """Steps until the target is proven, the steps are done, or a signal came: returns which."""
