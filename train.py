@@ -1411,7 +1411,9 @@ class Loop:
         read_now = log_now or self.reads_each_step or t.ends_pass()
         if read_now:
             row = t.measure()
-            bar.set_postfix_str("loss {loss:.3f}, avg {avg_loss:.3f}, lr {lr:.1e}".format(**row), refresh=False)
+            rate = (bar.format_dict["rate"] or 0) * t.batches_per_step * t.batcher.batch_tokens
+            figures = "loss {loss:.3f}, avg {avg_loss:.3f}, lr {lr:.1e}, {rate:.0f} tok/s".format(**row, rate=rate)
+            bar.set_postfix_str(figures, refresh=False)
             if log_now:
                 self.log_step(row)
             if self.target_proven(row["avg_loss"]):
@@ -1573,9 +1575,15 @@ class Loop:
         t, c = self.trainer, self.trainer.config
         counts = t.model.parameter_counts()
         total = sum(counts.values())
+        absent = {"cuda": "it is there", "mps": "there is no CUDA", "cpu": "there is neither CUDA nor MPS"}
+        why = absent[t.runtime.device.type] if c.device == "auto" else f"asked for by --device {c.device}"
+        fused = (
+            "one fused kernel" if t.optimizer.defaults["fused"] else "not fused, since this device has no such kernel"
+        )
         for line in (
-            f"Device: {t.runtime.describe_device()}",
+            f"Device: {t.runtime.describe_device()}, because {why}",
             f"Precision: {t.runtime.describe_precision()}, because {t.runtime.reason}",
+            f"Optimizer: AdamW, {fused}",
             f"Args: {json.dumps(dataclasses.asdict(c), ensure_ascii=False)}",
             f"Parameters: {total:,} ({4 * total / 1e6:.1f} MB in fp32)",
             "Parameters by component: " + ", ".join(f"{name} {count:,}" for name, count in counts.items()),

@@ -42,7 +42,15 @@ def test_the_log_opens_with_what_decides_the_run_and_closes_with_its_end(finishe
     messages = [line.split(" | ", 2)[2] for line in (finished / "logs" / "train.log").read_text().splitlines()]
     first_step = next(i for i, m in enumerate(messages) if m.startswith("step "))
     opening, closing = messages[:first_step], messages[first_step:]
-    for start in ("Device: cpu", "Precision: fp32", "Args: {", "Parameters: ", "Tokens: 2,547 in 40", "Causality: "):
+    for start in (
+        "Device: cpu",
+        "Precision: fp32, because",
+        "Optimizer: ",
+        "Args: {",
+        "Parameters: ",
+        "Tokens: 2,547 in 40",
+        "Causality: ",
+    ):
         assert any(m.startswith(start) for m in opening), start
     assert "Tokens per step: 64 (batch_size 2 x seq_len 32 x grad_accum 1 x processes 1)" in opening
     args = json.loads(next(m for m in opening if m.startswith("Args: ")).removeprefix("Args: "))

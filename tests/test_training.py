@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import itertools
 import json
 import math
@@ -194,6 +195,22 @@ def test_tokens_a_second_are_over_the_wall_clock_of_the_window(tiny, tmp_path):
     for before, row in itertools.pairwise(rows):
         window = row["elapsed_s"] - before["elapsed_s"]
         assert row["tok_per_s"] == pytest.approx((row["tokens"] - before["tokens"]) / window, rel=0.1)
+
+
+def test_the_bar_shows_loss_average_rate_and_speed(tiny, make_trainer):
+    trainer = make_trainer(tiny(steps=50, log_every=1000))
+    loop = train.Loop(trainer, None, train.logging.Logger("x"), train.StopSignals(), "")
+    with train.tqdm(total=50, file=io.StringIO(), mininterval=0) as bar:
+        for _ in range(3):
+            trainer.train_step()
+            bar.update()
+            loop.log_step = lambda row: None  # the first step is logged
+            assert loop.after_step(bar) == ""
+        row = trainer.measure()
+        start = "loss {loss:.3f}, avg {avg_loss:.3f}, lr {lr:.1e}, ".format(**row)
+        assert bar.postfix.startswith(start)
+        speed = float(bar.postfix.removeprefix(start).removesuffix(" tok/s"))
+        assert speed == pytest.approx(bar.format_dict["rate"] * 64, rel=0.5)
 
 
 def test_target_0_never_stops(tiny):
