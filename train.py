@@ -712,18 +712,18 @@ def pick_precision(amp: str, device: torch.device) -> tuple[torch.dtype | None, 
     """(autocast dtype or None for fp32, the reason in words). Raises UsageError for what the device can't do."""
     if device.type == "cpu":
         if amp == "bf16" and not cpu_has_bf16():
-            return torch.bfloat16, "asked for by --amp bf16; this CPU only emulates it, so expect it to be very slow"
+            return torch.bfloat16, "--amp bf16 asks for it; this CPU only emulates it, so expect it to be very slow"
         if amp == "bf16" or (amp == "auto" and cpu_has_bf16()):
             return torch.bfloat16, "this CPU has native bf16"
-        return None, "asked for by --amp off" if amp == "off" else "this CPU has no native bf16"
+        return None, "--amp off asks for it" if amp == "off" else "this CPU has no native bf16"
     if amp == "off":
-        return None, "asked for by --amp off"
+        return None, "--amp off asks for it"
     if amp == "bf16":
         if device.type == "cuda" and not torch.cuda.is_bf16_supported(including_emulation=False):
             raise UsageError("amp bf16 isn't native on this GPU: use --amp fp16")
-        return torch.bfloat16, "asked for by --amp bf16"
+        return torch.bfloat16, "--amp bf16 asks for it"
     if scaler_works(device):
-        return torch.float16, f"tensor cores of {device.type}, with loss scaling"
+        return torch.float16, f"{device.type} is fastest in it, and loss scaling works"
     if amp == "fp16":
         raise UsageError(f"amp fp16: loss scaling doesn't work on this {device.type}: use --amp off")
     return None, f"loss scaling doesn't work on this {device.type}"
@@ -1576,7 +1576,7 @@ class Loop:
         counts = t.model.parameter_counts()
         total = sum(counts.values())
         absent = {"cuda": "it is there", "mps": "there is no CUDA", "cpu": "there is neither CUDA nor MPS"}
-        why = absent[t.runtime.device.type] if c.device == "auto" else f"asked for by --device {c.device}"
+        why = absent[t.runtime.device.type] if c.device == "auto" else f"--device {c.device} asks for it"
         fused = (
             "one fused kernel" if t.optimizer.defaults["fused"] else "not fused, since this device has no such kernel"
         )
