@@ -12,6 +12,8 @@ import torch
 
 import train
 
+LEAST = {"num_samples": 1, "max_new_tokens": 1, "temperature": 0.0, "top_k": 0, "seed": 0}
+
 
 def build_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
@@ -35,17 +37,22 @@ def load_model(path: str) -> tuple[train.GPT, train.Tokenizer, str]:
 
 def main(argv: list[str] | None = None) -> int:
     args = build_parser().parse_args(argv)
+    if problems := [f"{name} is too small or no number" for name in LEAST if not getattr(args, name) >= LEAST[name]]:
+        print(*(f"sample.py: {problem}" for problem in problems), sep="\n", file=sys.stderr)
+        return 2
     try:
         model, tokenizer, trained_prompt = load_model(args.checkpoint)
     except (train.RunError, train.UsageError) as e:
         print(f"sample.py: {e}", file=sys.stderr)
         return 1
-    prompt = (trained_prompt if args.prompt is None else args.prompt.replace("\\n", "\n")) or "\n"
+    prompt = (trained_prompt if args.prompt is None else train.unescape(args.prompt)) or "\n"
     idx = torch.tensor([tokenizer.encode(prompt)])
-    generator = torch.Generator().manual_seed(args.seed)
+    generator = torch.Generator().manual_seed(args.seed % 2**63)
     for i in range(args.num_samples):
         tokens = model.generate(idx, args.max_new_tokens, args.temperature, args.top_k, generator)[0].tolist()
-        print("-" * 40 if i else "", tokenizer.decode(tokens), sep="\n" if i else "")
+        train.show(("-" * 40 + "\n" if i else "") + tokenizer.decode(tokens))
+        if sys.stdout is None:  # whoever read it is gone
+            break
     return 0
 
 

@@ -139,7 +139,9 @@ class TrainConfig:
         sound = dataclasses.replace(self, **{name: FIELDS[name].default for name in unsound})
         found = [remedy for names, remedy in sound.conflicts() if not unsound & set(names.split())]
         run_dir = RunDirectory(self.out_dir)
-        if run_dir.holds_a_run() and not (self.overwrite or self.resume == "auto" or run_dir.owns(self.resume)):
+        if not self.out_dir:
+            found.append("out_dir is empty: name a folder for the run")
+        elif run_dir.holds_a_run() and not (self.overwrite or run_dir.can_go_on(self.resume)):
             found.append(
                 f"out_dir {self.out_dir} already holds a run: add --resume auto to continue it, --overwrite to replace"
                 " it, or choose another --out_dir"
@@ -305,7 +307,7 @@ def input_problems(path: str) -> list[str]:
     """What can be said about the input file before reading it. data/input.txt may be missing: it is fetched."""
     found = find_input(path)
     if not path or not (os.path.exists(found) or found == CORPUS_PATH):
-        return [f"input_file {path or '(empty)'} doesn't exist: check the path, or try the bundled text: --preset demo"]
+        return [f"input_file {path or '(empty)'} doesn't exist: give its path by --input_file, or try --preset demo"]
     if found.exists() and not found.is_file():
         return [f"input_file {path} is {'a folder' if found.is_dir() else 'no plain file'}: name a text file"]
     return []
@@ -316,6 +318,11 @@ def find_input(path: str) -> Path:
     return HERE / path if not os.path.exists(path) and os.path.isfile(HERE / path) else Path(path)
 
 
+def no_bar() -> bool | None:
+    """tqdm's `disable`: None draws a progress bar only where stderr is a terminal, but a closed stderr it can't see."""
+    return None if sys.stderr else True
+
+
 def fetch_corpus(path: Path) -> None:
     """Downloads tiny Shakespeare to `path`, checked by SHA-256. Raises UsageError when that can't be done."""
     remedy = f"put the file at {path} yourself, or train on the bundled text: --input_file data/sample.txt"
@@ -323,7 +330,7 @@ def fetch_corpus(path: Path) -> None:
     try:
         with urllib.request.urlopen(CORPUS_URL, timeout=30) as response:
             total = int(response.headers.get("Content-Length") or 0) or None
-            with tqdm(total=total, unit="B", unit_scale=True, desc=f"fetching {path}", disable=None) as bar:
+            with tqdm(total=total, unit="B", unit_scale=True, desc=f"fetching {path}", disable=no_bar()) as bar:
                 while chunk := response.read(1 << 16):
                     data += chunk
                     bar.update(len(chunk))
@@ -835,6 +842,7 @@ def build_scheduler(optimizer: torch.optim.Optimizer, config: TrainConfig, step:
 
 CSV_FIELDS = ["step", "epoch", "tokens", "loss", "avg_loss", "best_loss", "lr", "grad_norm", "tok_per_s", "elapsed_s"]
 RULE = "=" * 80
+ENDINGS = ("target reached", "steps done")  # of a run that has nothing more to do
 CHECKPOINT_FORMAT = 1  # raised when an older program couldn't read a newer file
 
 
@@ -877,19 +885,26 @@ class RunDirectory:
     def holds_a_run(self) -> bool:
         return any(os.path.exists(path) for path in self.files())  # unlike Path.exists, False for an impossible name
 
-    def problems(self) -> Iterator[str]:
+    def problems(self) -> list[str]:
         """Why the directory can't be written, before a run finds out."""
-        try:
-            existing = next(p for p in (self.root, *self.root.absolute().parents) if p.exists())
-            if not existing.is_dir():
-                yield f"out_dir {self.root} can't be made, since {existing} is a file: choose another --out_dir"
-            elif not os.access(existing, os.W_OK):
-                yield f"out_dir {self.root} can't be written: change its permissions or choose another --out_dir"
-        except OSError as e:
-            yield f"out_dir {str(self.root)[:80]} can't be used ({e.strerror}): choose another --out_dir"
+        for path in self.files():
+            try:
+                with contextlib.suppress(FileNotFoundError, NotADirectoryError):
+                    os.lstat(path)  # raises for what can't be a path, such as a name that is too long
+                existing = next(p for p in (path, *path.absolute().parents) if os.path.lexists(p))
+                if existing != path and not existing.is_dir():
+                    return [f"out_dir {self.root} can't be made, since {existing} is a file: choose another --out_dir"]
+                if not os.access(existing, os.W_OK):
+                    return [f"out_dir {self.root} can't be written: change the permissions of {existing}"]
+            except OSError as e:
+                return [f"out_dir {str(self.root)[:80]} can't be used ({e.strerror}): choose another --out_dir"]
+        return []
 
-    def owns(self, checkpoint: str) -> bool:
-        return bool(checkpoint) and Path(checkpoint).resolve().parent == self.last.resolve().parent
+    def can_go_on(self, resume: str) -> bool:
+        """Does `--resume` continue the run in here? auto also begins anew a run that left no checkpoint yet."""
+        if resume == "auto":
+            return self.last.exists() or self.read_record().get("ended") not in ENDINGS
+        return bool(resume) and Path(resume).resolve().parent == self.last.resolve().parent
 
     def checkpoint_to_resume(self, resume: str) -> Path | None:
         """The file that `--resume` means; None where there is nothing to go on from."""
@@ -897,11 +912,11 @@ class RunDirectory:
             return self.last if self.last.exists() else None
         return Path(resume) if resume else None
 
-    def prepare(self, overwrite: bool) -> None:
+    def prepare(self, overwrite: bool, resumed: bool) -> None:
         """Makes the folders; with `overwrite`, removes an earlier run's files and nothing else."""
         for path in self.files():
             path.parent.mkdir(parents=True, exist_ok=True)
-            if overwrite:
+            if overwrite or (path == self.best and not resumed):
                 path.unlink(missing_ok=True)
 
     def rewind(self, step: int) -> tuple[int, int]:
@@ -914,7 +929,7 @@ class RunDirectory:
             with atomic_write(self.metrics) as f:
                 f.write("".join(",".join(row) + "\n" for row in [CSV_FIELDS, *rows]).encode())
         if self.samples.exists():
-            text = self.samples.read_text(encoding="utf-8", errors="replace")
+            text = self.samples.read_bytes().decode("utf-8", "replace")  # read_text would change a sampled \r
             blocks = re.findall(rf"^{RULE}\nSTEP (\d+)\n(.*?)(?=^{RULE}\nSTEP|\Z)", text, re.M | re.S)
             blocks = [(int(n), body) for n, body in blocks if int(n) <= step]
             with atomic_write(self.samples) as f:
@@ -935,7 +950,7 @@ class RunDirectory:
 
     def write_record(self, record: dict) -> None:
         with atomic_write(self.record) as f:
-            f.write((json.dumps(record, indent=2, ensure_ascii=False) + "\n").encode())
+            f.write((json.dumps(record, indent=2, ensure_ascii=False, allow_nan=False) + "\n").encode())
 
     def read_record(self) -> dict:
         with contextlib.suppress(OSError, ValueError):
@@ -990,7 +1005,7 @@ def save_checkpoint(path: Path, content: dict) -> None:
         cause = e if isinstance(e, OSError) else e.__context__
         reason = getattr(cause, "strerror", None) or str(e).splitlines()[0]
         kept = "the one before it is intact" if path.exists() else "there is none before it"
-        raise RunError(f"checkpoint {path} can't be written ({reason}): {kept}; free some disk space and resume") from e
+        raise RunError(f"checkpoint {path} can't be written ({reason}): {kept}; make room for it, then resume") from e
 
 
 def load_checkpoint(path: str | Path, lazy: bool = False) -> dict:
@@ -1006,6 +1021,8 @@ def load_checkpoint(path: str | Path, lazy: bool = False) -> dict:
         content = torch.load(path, map_location="cpu", weights_only=True, mmap=lazy)
     except FileNotFoundError:
         raise RunError(f"checkpoint {path} doesn't exist: check the path") from None
+    except OSError as e:
+        raise RunError(f"checkpoint {path} can't be read ({e.strerror}): check its permissions") from None
     except Exception as e:  # arbitrary bytes make torch's reader raise almost anything
         raise RunError(
             f"checkpoint {path} is damaged or isn't a checkpoint ({type(e).__name__}): best.pt beside it may serve for"
@@ -1180,7 +1197,7 @@ class Trainer:
         """Mean loss over the corpus in nats per token: the windows of training, eval mode, each target counted once."""
         self.model.eval()
         batcher, total = self.batcher, 0.0
-        for i in tqdm(range(batcher.n_batches), desc="proof", leave=False, disable=None):
+        for i in tqdm(range(batcher.n_batches), desc="proof", leave=False, disable=no_bar()):
             poll()
             idx, targets = batcher.batch(i)
             repeated = batcher.repeated(i)
@@ -1367,8 +1384,9 @@ class Loop:
             self.logged_step, self.sampled_step = self.run_dir.rewind(self.trainer.step)
         try:
             self.announce()
-            if self.has_ended():
-                self.log.info("Nothing to do: this run has ended; give more --steps or a lower --target_loss to go on")
+            if ended := self.has_ended():
+                more = "more --steps" if ended == "steps done" else "a lower --target_loss"
+                self.log.info(f"Nothing to do: this run has ended ({ended}); to go on, give {more}")
                 return self.record("nothing to do")
             self.write_record(None)
             try:
@@ -1383,18 +1401,18 @@ class Loop:
             raise
         return self.write_record(ended)
 
-    def has_ended(self) -> bool:
-        """Is there nothing more to do in the run that is resumed?"""
+    def has_ended(self) -> str:
+        """How the run that is resumed has ended, or '' if there is something to do."""
         t, record = self.trainer, self.run_dir.read_record() if self.started_at else {}
         ended, final_loss = record.get("ended"), record.get("final_loss") or math.inf
         more = t.step < t.config.steps if ended == "steps done" else final_loss >= t.config.target_loss
-        return ended in ("target reached", "steps done") and record.get("steps") == t.step and not more
+        return ended if ended in ENDINGS and record.get("steps") == t.step and not more else ""
 
     def train_steps(self) -> str:
         """Steps until the target is proven, the steps are done, or a signal came: returns which."""
         t = self.trainer
         self.window_start = time.monotonic()
-        disable = None if self.main else True  # None: where stderr is no terminal
+        disable = no_bar() if self.main else True
         with tqdm(total=t.config.steps, initial=t.step, unit="step", disable=disable) as bar:
             # A resumed run may have been cut off after a step, before all that the step leads to was done.
             ended = self.after_step(bar) if t.step else ""
@@ -1461,7 +1479,7 @@ class Loop:
     def target_proven(self, avg_loss: float) -> bool:
         """The stopping rule: avg_loss under the target over a full pass, then final_loss under it too."""
         t, target = self.trainer, self.trainer.config.target_loss
-        if not t.seen_all() or avg_loss >= target or t.step < t.next_proof:
+        if not t.seen_all() or avg_loss >= target or t.step < min(t.next_proof, t.config.steps):
             return False
         self.seconds_at_target = self.seconds()
         self.save()  # before the proof, so that a fault there loses nothing
@@ -1469,7 +1487,7 @@ class Loop:
         if self.prove() < target:
             return True
         self.log.info("The proof isn't under the target: training goes on, and it is tried again a pass later")
-        self.final_loss = None
+        self.final_loss = self.final_loss if t.step == t.config.steps else None  # of these weights
         t.next_proof = t.step + math.ceil(t.batcher.n_batches / t.batches_per_step)
         return False
 
@@ -1526,7 +1544,7 @@ class Loop:
 
     def record(self, ended: str | None) -> dict:
         """What run.json says: what this run is and, once it is over, how it ended (None: it isn't)."""
-        t = self.trainer
+        t, avg_loss = self.trainer, self.trainer.avg_loss()
         reached = ended == "target reached"
         return {
             "command": self.command,
@@ -1545,7 +1563,7 @@ class Loop:
             "steps": t.step,
             "tokens": t.tokens(),
             "seconds": round(self.seconds(), 3),
-            "avg_loss": t.avg_loss() if t.step else None,
+            "avg_loss": avg_loss if t.step and math.isfinite(avg_loss) else None,
             "best_loss": t.best_loss if t.seen_all() else None,
             "target_loss": t.config.target_loss,
             "final_loss": self.final_loss,
@@ -1621,13 +1639,14 @@ def train(config: TrainConfig, command: str = "") -> dict:
     try:
         tokenizer = load_tokenizer(config.tokenizer)
         trainer = Trainer(config, load_corpus(config.input_file, tokenizer, config.cache_dir), tokenizer, runtime)
-        if path := run_dir.checkpoint_to_resume(config.resume):
+        path = run_dir.checkpoint_to_resume(config.resume)
+        if path:
             try:
                 trainer.load_state_dict(load_checkpoint(path))
             except (KeyError, TypeError, ValueError, RuntimeError) as e:
                 raise RunError(f"checkpoint {path} lacks what a run needs ({e!r:.80}): use another one") from e
         if runtime.rank == 0:
-            run_dir.prepare(config.overwrite)
+            run_dir.prepare(config.overwrite, resumed=path is not None)
         with open_log(run_dir, runtime.rank == 0) as log, StopSignals() as stop, warnings.catch_warnings():
             # Where the loss scaler skips the very first step, the schedule does move first, and should.
             warnings.filterwarnings("ignore", message="Detected call of `lr_scheduler.step")
@@ -1730,7 +1749,8 @@ def config_from_flags(argv: Sequence[str]) -> TrainConfig:
     if path := run_dir.checkpoint_to_resume(given.get("resume", "")):
         once = {"resume", "overwrite", "preset", "out_dir"}  # these belong to one start, not to the run
         base = {k: v for k, v in load_checkpoint(path, lazy=True)["config"].items() if k in FIELDS and k not in once}
-        base["out_dir"] = str(path.parent.parent if path.absolute().parent.name == "checkpoints" else run_dir.root)
+        home = path.parent.parent if path.parent.name else path.absolute().parent.parent  # "last.pt" has no parents
+        base["out_dir"] = str(home if path.absolute().parent.name == "checkpoints" else run_dir.root)
     for one, other in (("steps", "epochs"), ("epochs", "steps")):  # a given length replaces the one below it
         if one in given and other not in given:
             base[other] = None

@@ -142,6 +142,19 @@ def test_the_out_dir_of_a_moved_run_is_where_its_checkpoint_lies(tmp_path):
     assert not (tmp_path / "out").exists() and len(rows_of(tmp_path / "moved")) == 9
 
 
+def test_resuming_from_within_the_folder_of_checkpoints_goes_on_in_the_same_run(tmp_path, monkeypatch):
+    assert train.main(tiny_flags(tmp_path / "out")) == 0
+    monkeypatch.chdir(tmp_path / "out" / "checkpoints")
+    assert train.main(["--resume", "last.pt", "--steps", "9"]) == 0
+    assert sorted(path.name for path in (tmp_path / "out" / "checkpoints").iterdir()) == ["last.pt"]
+    assert len(rows_of(tmp_path / "out")) == 9
+
+
+def test_a_closed_stderr_ends_no_run(tmp_path, monkeypatch):
+    monkeypatch.setattr(sys, "stderr", None)
+    assert train.main(tiny_flags(tmp_path / "out", steps=45)) == 0
+
+
 def test_help_is_grouped_and_fits_80_columns(monkeypatch, capsys):
     monkeypatch.setenv("COLUMNS", "80")
     with pytest.raises(SystemExit) as caught:

@@ -236,6 +236,23 @@ def test_a_checkpoint_that_lacks_a_part_is_one_sentence(tiny, tmp_path, part):
         train.train(tiny(resume="auto", steps=20))
 
 
+def test_a_checkpoint_without_permission_is_not_called_damaged(tmp_path, monkeypatch):
+    def refuse(*args, **kwargs):
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr(train.zipfile, "ZipFile", refuse)
+    with pytest.raises(train.RunError, match=r"can't be read \(Permission denied\): check its permissions"):
+        train.load_checkpoint(tmp_path / "last.pt")
+
+
+def test_folders_that_cannot_be_written_are_found_before_training(tiny, tmp_path, monkeypatch):
+    train.train(tiny())
+    locked = tmp_path / "out" / "checkpoints" / "last.pt"
+    monkeypatch.setattr(train.os, "access", lambda path, mode: path != locked)
+    with pytest.raises(train.UsageError, match=r"can't be written: change the permissions of .*last.pt"):
+        train.train(tiny(resume="auto", steps=20))
+
+
 class Terminal(io.TextIOWrapper):
     def __init__(self, encoding, error=None):
         super().__init__(io.BytesIO(), encoding=encoding)

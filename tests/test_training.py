@@ -344,6 +344,43 @@ def test_time_goes_on_where_it_stopped(tiny, tmp_path):
     assert 1000 < float(rows_of(tmp_path / "out")[-1]["elapsed_s"]) < 1100
 
 
+def test_samples_survive_a_resume_to_the_byte(tmp_path):
+    run_dir = train.RunDirectory(tmp_path)
+    run_dir.prepare(overwrite=False, resumed=False)
+    run_dir.write_samples(5, [("a", "b\rc\r\nd")])
+    before = run_dir.samples.read_bytes()
+    assert b"b\rc" in before
+    assert run_dir.rewind(5) == (-1, 5)
+    assert run_dir.samples.read_bytes() == before
+
+
+def test_auto_begins_anew_only_what_left_no_result(tiny, tmp_path):
+    train.train(tiny(steps=45))
+    out = tmp_path / "out"
+    (out / "checkpoints" / "last.pt").unlink()
+    with pytest.raises(train.UsageError, match="already holds a run"):
+        train.train(tiny(resume="auto", steps=3))
+    (out / "run.json").unlink()  # as of a run that was killed before its first checkpoint
+    train.train(tiny(resume="auto", steps=3))
+    assert not (out / "checkpoints" / "best.pt").exists()  # it would be another model's
+    assert len(rows_of(out)) == 3
+
+
+def test_a_target_met_by_the_last_step_is_reached(tiny, tmp_path, monkeypatch):
+    proofs = []
+
+    def evaluate(self, poll):
+        proofs.append(self.step)
+        return 2000.0 if self.step == 40 else 1.0
+
+    monkeypatch.setattr(train.Trainer, "evaluate", evaluate)
+    result = train.train(tiny(steps=60, target_loss=1000.0))
+    assert (result["ended"], result["final_loss"], proofs) == ("target reached", 1.0, [40, 60])
+    proofs.clear()
+    result = train.train(tiny(steps=40, target_loss=1000.0, out_dir=str(tmp_path / "short")))
+    assert (result["ended"], result["final_loss"], proofs) == ("steps done", 2000.0, [40])
+
+
 def test_torn_and_foreign_files_do_not_stop_a_resume(tiny, tmp_path):
     train.train(tiny(steps=10))
     out = tmp_path / "out"
@@ -422,6 +459,14 @@ def test_a_loss_that_is_not_finite_ends_the_run_and_keeps_the_last_checkpoint(ti
     assert all(w.isfinite().all() for w in weights_of(tmp_path / "out").values())
     record = json.loads((tmp_path / "out" / "run.json").read_text())
     assert record["ended"].startswith("failed: the loss is nan") and record["exit_code"] == 1
+
+
+def test_the_record_of_a_failed_run_is_strict_json(tiny, tmp_path, monkeypatch):
+    monkeypatch.setattr(train.Trainer, "avg_loss", lambda self: math.nan)
+    with pytest.raises(train.RunError):
+        train.train(tiny(steps=3))
+    text = (tmp_path / "out" / "run.json").read_text()
+    assert "NaN" not in text and json.loads(text)["avg_loss"] is None
 
 
 def test_weights_that_broke_unseen_do_not_replace_a_good_checkpoint(tiny, tmp_path, monkeypatch):
