@@ -711,7 +711,7 @@ def scaler_works(device: torch.device) -> bool:
         scaler.step(optimizer)
         scaler.update()
         return p.item() == 0.0  # 1 - 0.5 * d(p^2)/dp
-    except (RuntimeError, TypeError, NotImplementedError):
+    except (RuntimeError, TypeError):
         return False
 
 

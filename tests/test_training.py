@@ -222,9 +222,11 @@ def test_target_0_never_stops(tiny):
 # ---- samples ----
 
 
-def test_sampling_and_proving_change_no_training_step(tiny, tmp_path):
-    often = train.train(tiny(out_dir=str(tmp_path / "a"), steps=12, dropout=0.2, sample_every=1, num_prompts=3))
-    never = train.train(tiny(out_dir=str(tmp_path / "b"), steps=12, dropout=0.2, num_prompts=0))
+@pytest.mark.parametrize("amp", ["off", "bf16"])
+def test_sampling_and_proving_change_no_training_step(tiny, tmp_path, amp):
+    settings = {"steps": 12, "dropout": 0.2, "amp": amp}
+    often = train.train(tiny(out_dir=str(tmp_path / "a"), sample_every=1, num_prompts=3, **settings))
+    never = train.train(tiny(out_dir=str(tmp_path / "b"), num_prompts=0, **settings))
     assert without_times(rows_of(tmp_path / "a")) == without_times(rows_of(tmp_path / "b"))
     assert same_weights(weights_of(tmp_path / "a"), weights_of(tmp_path / "b"))
     assert often["avg_loss"] == never["avg_loss"]
