@@ -1544,9 +1544,8 @@ class Loop:
 
     def record(self, ended: str | None) -> dict:
         """What run.json says: what this run is and, once it is over, how it ended (None: it isn't)."""
-        t, avg_loss = self.trainer, self.trainer.avg_loss()
-        reached = ended == "target reached"
-        return {
+        t, reached = self.trainer, ended == "target reached"
+        record = {
             "command": self.command,
             "config": dataclasses.asdict(t.config),
             "seed": t.config.seed,
@@ -1563,14 +1562,16 @@ class Loop:
             "steps": t.step,
             "tokens": t.tokens(),
             "seconds": round(self.seconds(), 3),
-            "avg_loss": avg_loss if t.step and math.isfinite(avg_loss) else None,
-            "best_loss": t.best_loss if t.seen_all() else None,
+            "avg_loss": t.avg_loss() if t.step else None,
+            "best_loss": t.best_loss,
             "target_loss": t.config.target_loss,
             "final_loss": self.final_loss,
             "tokens_to_target": t.tokens() if reached else None,
             "seconds_to_target": round(self.seconds_at_target, 3) if reached else None,
             "exit_code": self.exit_code(ended),
         }
+        # JSON has no word for infinity or "not a number"
+        return {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in record.items()}
 
     def exit_code(self, ended: str | None) -> int | None:
         if ended is None:
@@ -1595,9 +1596,7 @@ class Loop:
         total = sum(counts.values())
         absent = {"cuda": "it is there", "mps": "there is no CUDA", "cpu": "there is neither CUDA nor MPS"}
         why = absent[t.runtime.device.type] if c.device == "auto" else f"--device {c.device} asks for it"
-        fused = (
-            "one fused kernel" if t.optimizer.defaults["fused"] else "not fused, since this device has no such kernel"
-        )
+        fused = "in one fused kernel" if t.optimizer.defaults["fused"] else "not fused: this device has no such kernel"
         for line in (
             f"Device: {t.runtime.describe_device()}, because {why}",
             f"Precision: {t.runtime.describe_precision()}, because {t.runtime.reason}",
