@@ -142,9 +142,9 @@ class TrainConfig:
         if not self.out_dir:
             found.append("out_dir is empty: name a folder for the run")
         elif run_dir.holds_a_run() and not (self.overwrite or run_dir.can_go_on(self.resume)):
+            go_on = "its last.pt is gone, so use" if self.resume == "auto" else "add --resume auto to continue it,"
             found.append(
-                f"out_dir {self.out_dir} already holds a run: add --resume auto to continue it, --overwrite to replace"
-                " it, or choose another --out_dir"
+                f"out_dir {self.out_dir} already holds a run: {go_on} --overwrite to replace it, or another --out_dir"
             )
         if found := [*problems.values(), *found, *run_dir.problems(), *input_problems(self.input_file)]:
             raise UsageError(*found)

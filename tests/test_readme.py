@@ -25,7 +25,7 @@ def flag_table() -> str:
     for f in dataclasses.fields(train.TrainConfig):
         if f.metadata["group"]:
             lines.append(f"| **{f.metadata['group']}** | | |")
-        default = "" if f.default in (None, "", False) else f"`{f.default!r}`"
+        default = "" if f.default is False or f.default in (None, "") else f"`{f.default!r}`"
         choices = " or ".join(f"`{c}`" for c in f.metadata.get("choices", ()) if c)
         lines.append(f"| `--{f.name}` | {default} | {f.metadata['help']}{f' ({choices})' if choices else ''} |")
     return "\n".join(lines)

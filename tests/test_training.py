@@ -360,7 +360,7 @@ def test_auto_begins_anew_only_what_left_no_result(tiny, tmp_path):
     train.train(tiny(steps=45))
     out = tmp_path / "out"
     (out / "checkpoints" / "last.pt").unlink()
-    with pytest.raises(train.UsageError, match="already holds a run"):
+    with pytest.raises(train.UsageError, match=r"already holds a run: its last.pt is gone"):
         train.train(tiny(resume="auto", steps=3))
     (out / "run.json").unlink()  # as of a run that was killed before its first checkpoint
     train.train(tiny(resume="auto", steps=3))
