@@ -1626,6 +1626,7 @@ class Loop:
         if ended != "target reached":
             self.log.info(f"To train on: python train.py --resume {shlex.quote(str(last))}{more}")
         self.log.info(f"To sample: python sample.py --checkpoint {shlex.quote(str(best if best.exists() else last))}")
+        self.log.info(f"To update the README: python update_readme.py --run_dir {shlex.quote(str(self.run_dir.root))}")
 
 
 def train(config: TrainConfig, command: str = "") -> dict:
