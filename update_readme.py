@@ -71,7 +71,7 @@ FORMATS = {
     "elapsed_s": ",.1f",
 }
 LOG_STEP = re.compile(
-    r"\b(?:step|iter)\D{0,3}(?P<step>\d+)(?:/(?P<steps>\d+))?\b"
+    r"\b(?:step|iter)[ :=]{1,3}(?P<step>\d+)(?:/(?P<steps>\d+))?\b"
     r".*?\bloss[ :=]+(?P<loss>[-+.\w]+)"
     r"(?:.*?\blr[ :=]+(?P<lr>[-+.\w]+))?(?:.*?\btok/s[ :=]+(?P<tok_per_s>[.\d]+))?"
     r"(?:.*?\bavg_loss[ :=]+(?P<avg_loss>[-+.\w]+))?"
@@ -427,10 +427,12 @@ def reproduce(run: Run) -> str:
     parts = []
     if command := run.text("command"):
         parts.append(fence(command, "sh"))
-    resumed = [c for c in run.record.get("resumed", []) if isinstance(c, str)]
+    resumed = run.record.get("resumed")
+    resumed = [c for c in resumed if isinstance(c, str)] if isinstance(resumed, list) else []
+    commit = run.text("git_commit")
     facts = {
         "Seed": run.record.get("seed"),
-        "Git commit": run.text("git_commit"),
+        "Git commit": commit and commit.removesuffix("-dirty"),
         "Device": run.text("device"),
         "Precision": run.text("precision"),
         "Processes": run.record.get("processes"),
@@ -438,10 +440,13 @@ def reproduce(run: Run) -> str:
     if isinstance(versions := run.record.get("versions"), dict):
         facts["Versions"] = ", ".join(f"{name} {version}" for name, version in versions.items())
     lines = [f"- {name}: {code(str(value))}" for name, value in facts.items() if value is not None]
+    if commit and commit.endswith("-dirty"):
+        lines.append("- Files had changed since that commit")
     if isinstance(corpus := run.record.get("corpus"), dict):
         lines.append(f"- Text: {code(str(corpus.get('file')))}, SHA-256 {code(str(corpus.get('sha256')))}")
     if resumed:
-        lines.append(f"- Resumed {len(resumed)} times, the last one by {code(resumed[-1])}")
+        times = "once" if len(resumed) == 1 else f"{len(resumed)} times"
+        lines.append(f"- Resumed {times}, at last by {code(resumed[-1])}")
     return (
         "\n\n".join([*parts, "\n".join(lines)])
         if lines or parts
@@ -627,9 +632,11 @@ def describe(run: Run) -> str:
 
 MARKER = re.compile(r"<!--AUTO:([A-Z]+):(START|END)-->")
 WORDS = "|".join(NAMES)
-# A comment that was surely meant as a marker.
+# A comment that was surely meant as a marker: AUTO, a colon and a word; or, less exactly, one of the names and an edge.
 NEARLY = re.compile(
-    rf"<!-+\s*(?:AUTO\s*:|(?:AUTO[\s_:.-]*)?(?:{WORDS})\s*[:_. -]\s*(?:START|BEGIN|END)\b).*?(?:-+>|$)", re.I
+    rf"""(?<!\\)<!-+\s* (?: AUTO\s*:\s*\w+\s*(?=:|-+>|$)
+                          | (?:AUTO[\s_:.-]*)? (?:{WORDS}) \s*[:_.\s-]\s* (?:START|BEGIN|END)\b ) .*? (?:-+>|$)""",
+    re.I | re.X,
 )
 CODE_SPAN = re.compile(r"(?<!`)(`+)(?!`)(.+?)(?<!`)\1(?!`)")
 
@@ -733,9 +740,10 @@ class Change:
             if self.old is not None:
                 shutil.copymode(path, part)
             os.replace(part, path)
-        except BaseException:
+        except OSError as e:
+            raise ReadmeError(f"{self.path} can't be written ({e.strerror}): it is as it was") from None
+        finally:
             part.unlink(missing_ok=True)
-            raise
 
     def diff(self) -> str:
         if self.path.suffix == ".svg":

@@ -1,0 +1,587 @@
+"""update_readme.py: blocks from a run directory, markers, and how files are written."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+import xml.etree.ElementTree as ElementTree
+
+import pytest
+from conftest import ROOT
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from markdown_it import MarkdownIt
+
+import train
+import update_readme
+
+GOLDEN = ROOT / "tests" / "golden"
+RULE = "=" * 80
+
+
+@pytest.fixture(autouse=True)
+def in_tmp_path(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+
+
+@pytest.fixture
+def run_dir(tmp_path):
+    """The finished golden run, at out/own."""
+    return shutil.copytree(GOLDEN / "own", tmp_path / "out" / "own")
+
+
+def write_readme(tmp_path, *names, text="# Title\n\n{}\n## End\n"):
+    path = tmp_path / "README.md"
+    path.write_text(text.format("\n".join(f"<!--AUTO:{n}:START-->\nold\n<!--AUTO:{n}:END-->\n" for n in names)))
+    return path
+
+
+def block(path, name) -> str:
+    return path.read_text().split(f"<!--AUTO:{name}:START-->\n")[1].split(f"<!--AUTO:{name}:END-->\n")[0].strip()
+
+
+def update(*argv) -> int:
+    return update_readme.main(["--run_dir", "out/own", *map(str, argv)])
+
+
+def assert_sound_markdown(text: str) -> list:
+    """Every fence is closed, and every row of a table has as many cells as its header. Returns the tokens."""
+    lines = re.split(r"\r\n|\r|\n", text)
+    tokens = MarkdownIt("commonmark").enable("table").parse(text)
+    for token in tokens:
+        if token.type == "fence":
+            assert re.fullmatch(rf"\s*{token.markup}\s*", lines[token.map[1] - 1]), f"line {token.map[0] + 1} opens"
+        if token.type == "table_open":
+            cells = [len(re.findall(r"(?<!\\)\|", line)) for line in lines[slice(*token.map)]]
+            assert len(set(cells)) == 1, lines[slice(*token.map)]
+    return tokens
+
+
+# ---- blocks ----
+
+
+@pytest.mark.parametrize("newline", ["\n", "\r\n"])
+@pytest.mark.parametrize("bom", ["", "\ufeff"])
+@pytest.mark.parametrize("name", ["own", "foreign"])
+def test_golden(name, bom, newline, tmp_path):
+    """A run of this program, and one of another project: three columns, Windows paths, a log and a CSV that are still
+    being written. With CRLF in all files too, and with a byte order mark."""
+    folder = shutil.copytree(GOLDEN / name, tmp_path / "out" / name)
+    for path in [p for p in folder.rglob("*") if p.is_file()]:
+        path.write_bytes(bom.encode() + path.read_bytes().replace(b"\n", newline.encode()))
+    readme = tmp_path / "README.md"
+    shutil.move(folder / "before.md", readme)
+    for _ in range(2):
+        assert update_readme.main(["--run_dir", f"out/{name}"]) == 0
+        assert readme.read_bytes().decode() == (folder / "after.md").read_bytes().decode()
+        assert update_readme.main(["--run_dir", f"out/{name}", "--check"]) == 0
+    assert_sound_markdown(readme.read_text())
+
+
+def test_without_a_csv_the_log_serves(run_dir, tmp_path):
+    readme = write_readme(tmp_path, "SUMMARY", "METRICS")
+    (run_dir / "logs" / "train_metrics.csv").unlink()
+    (run_dir / "run.json").unlink()
+    assert update() == 0
+    assert "Best loss: **0.089094** at step **59**" in block(readme, "SUMMARY")
+    assert "Logged rows: **31**" in block(readme, "SUMMARY")
+    assert block(readme, "METRICS").splitlines()[0] == "| step | loss | avg_loss | lr | tok_per_s |"
+
+
+def test_a_run_that_was_only_opened(run_dir, tmp_path):
+    readme = write_readme(tmp_path, *update_readme.NAMES)
+    (run_dir / "logs" / "train_metrics.csv").unlink()
+    (run_dir / "samples" / "samples.txt").write_text("")
+    log = run_dir / "logs" / "train.log"
+    log.write_text("".join(log.read_text().splitlines(keepends=True)[:4]))
+    record = json.loads((run_dir / "run.json").read_text())
+    nothing = {"ended": None, "end": None, "final_loss": None, "tokens_to_target": None, "steps": 0, "tokens": 0}
+    (run_dir / "run.json").write_text(json.dumps(record | nothing))
+    assert update() == 0
+    summary = block(readme, "SUMMARY")
+    assert "Ended: not yet: still running, or stopped without a word" in summary
+    assert "the target of 0.1 has not been reached" in summary and "no step has been logged yet" in summary
+    assert block(readme, "METRICS") == "No step has been logged yet."
+    assert block(readme, "SAMPLES") == "No sample has been written yet."
+    assert block(readme, "CURVE") == "There is no curve yet, since no step has been logged."
+    assert "left out" not in block(readme, "LOGS") and "Tokens per step: 256" in block(readme, "LOGS")
+    assert not (tmp_path / "assets").exists()
+
+
+def test_a_run_that_does_not_exist_is_one_sentence(run_dir, tmp_path, capsys):
+    readme = write_readme(tmp_path, "SUMMARY")
+    before = readme.read_bytes()
+    assert update_readme.main(["--run_dir", "out"]) == 1
+    assert capsys.readouterr().err == "out holds no run: there is one in out/own: use --run_dir out/own\n"
+    assert update_readme.main(["--run_dir", "nowhere"]) == 1
+    assert capsys.readouterr().err == "nowhere holds no run: train first, or name another --run_dir\n"
+    assert readme.read_bytes() == before
+
+
+def test_a_broken_record_is_named_with_its_line(run_dir, tmp_path, capsys):
+    readme = write_readme(tmp_path, "SUMMARY")
+    before = readme.read_bytes()
+    (run_dir / "run.json").write_text('{\n"seed": 7,\n')
+    assert update() == 1
+    assert capsys.readouterr().err.startswith("out/own/run.json:3: this isn't JSON")
+    assert readme.read_bytes() == before
+
+
+@pytest.mark.parametrize(
+    ("csv", "best", "last", "rows"),
+    [
+        ("step,loss,lr\n1,5,1\n2,4,1\n3,3,0", "3.000000** at step **3", "3.000000** at step **3", 3),  # lr may be cut
+        ("step,loss,lr\n1,5,1\n2,4,1\n3,3", "4.000000** at step **2", "4.000000** at step **2", 2),
+        ("step,loss\n1,5\n2,4\n3,0", "4.000000** at step **2", "4.000000** at step **2", 2),  # 0.7, cut after the 0
+        ("step,loss,lr\n1,5,1\n2,nan,1\n", "5.000000** at step **1", "nan** at step **2", 2),
+        ("step,loss\n1,5\n2,oops\n3,4,9\n4,6\n", "5.000000** at step **1", "6.000000** at step **4", 2),
+        ("step,loss\n1,5\n2,1\n3,2\n2,4\n3,3\n", "3.000000** at step **3", "3.000000** at step **3", 3),  # resumed
+        ("step,loss\n1,5\n2,1\nstep,loss\n1,6\n", "6.000000** at step **1", "6.000000** at step **1", 1),  # begun anew
+        ('"Iteration", Train_Loss\n10.0,5\n', "5.000000** at step **10", "5.000000** at step **10", 1),
+        ("step,loss\r\r\n1,5\r\r\n2,4\r\r\n", "4.000000** at step **2", "4.000000** at step **2", 2),
+    ],
+)
+def test_rows_of_a_csv(csv, best, last, rows, run_dir, tmp_path):
+    readme = write_readme(tmp_path, "SUMMARY")
+    (run_dir / "logs" / "train_metrics.csv").write_text(csv, newline="")
+    assert update() == 0
+    summary = block(readme, "SUMMARY")
+    assert f"- Best loss: **{best}**" in summary
+    assert f"- Last logged loss: **{last}**" in summary
+    assert f"- Logged rows: **{rows}**" in summary
+
+
+def test_rows_that_are_left_out_are_named(run_dir, tmp_path, capsys):
+    write_readme(tmp_path, "SUMMARY")
+    (run_dir / "logs" / "train_metrics.csv").write_text("step,loss\n1,5\n2,oops\n3,4\n4,")
+    assert update() == 0
+    out = capsys.readouterr().out
+    assert "train_metrics.csv:3: row left out, since it isn't of 2 figures" in out
+    assert "train_metrics.csv:5: row left out, since it is still being written" in out
+
+
+def test_a_log_in_utf16_as_powershell_writes_it(run_dir, tmp_path):
+    readme = write_readme(tmp_path, "LOGS")
+    log = run_dir / "logs" / "train.log"
+    log.write_bytes(log.read_text().encode("utf-16"))
+    assert update() == 0
+    assert "step 59/60 | loss 0.089094" in block(readme, "LOGS") and "\0" not in block(readme, "LOGS")
+
+
+def test_the_log_is_thinned_and_says_how_much(run_dir, tmp_path):
+    readme = write_readme(tmp_path, "LOGS")
+    assert update() == 0
+    log = (run_dir / "logs" / "train.log").read_text().splitlines()
+    shown = block(readme, "LOGS").splitlines()[1:-1]
+    notes = [line for line in shown if line.startswith("[...")]
+    assert [line for line in shown if line not in notes] == [line for line in log if line in shown]  # in order
+    assert shown[0] == log[0] and shown[-1] == log[-1]
+    left_out, between = map(int, re.findall(r"\d+", notes[0]))
+    assert left_out == len(log) - (len(shown) - len(notes))
+    assert between == left_out + update_readme.LOG_MIDDLE
+
+
+def test_a_torn_line_of_the_log_is_left_out(run_dir, tmp_path):
+    readme = write_readme(tmp_path, "LOGS")
+    log = run_dir / "logs" / "train.log"
+    whole = log.read_text().rstrip("\n")
+    log.write_text(whole)  # a last line without a newline, but complete
+    assert update() == 0
+    assert whole.splitlines()[-1] in block(readme, "LOGS")
+    torn = "2026-01-02 10:01:00,000 | INFO | step 60/60 | loss 0.0"
+    log.write_text(f"{whole}\n{torn}")
+    assert update() == 0
+    assert torn not in block(readme, "LOGS")
+
+
+def test_the_latest_sample_with_output_is_shown_whole(run_dir, tmp_path):
+    readme = write_readme(tmp_path, "SAMPLES")
+    with open(run_dir / "samples" / "samples.txt", "a") as f:
+        f.write(f"{RULE}\nSTEP 60\n\nPROMPT:\nTILDA:\nOUTPUT:\n")  # still being written
+    assert update() == 0
+    expected = (GOLDEN / "own" / "samples" / "samples.txt").read_text().split("STEP 59\n")[1].strip("\n")
+    assert block(readme, "SAMPLES") == f"What the model wrote at step 59:\n\n```text\n{expected}\n```"
+
+
+def test_a_very_long_sample_is_cut_at_a_border_and_says_so(run_dir, tmp_path):
+    readme, path = write_readme(tmp_path, "SAMPLES"), run_dir / "samples" / "samples.txt"
+    verse = [f"line {i}" for i in range(150)]
+    parts = ["PROMPT:\nA\nOUTPUT:", *verse, "", "PROMPT:\nB\nOUTPUT:", *verse]
+    path.write_text("\n".join([RULE, "STEP 9", "", *parts, ""]))
+    assert update() == 0
+    shown = block(readme, "SAMPLES")
+    assert "PROMPT:\nB" not in shown and shown.count("\nline 149\n") == 1 and "153 more lines are left out" in shown
+    path.write_text("\n".join([RULE, "STEP 9", "", "PROMPT:\nA\nOUTPUT:", *verse, *verse, ""]))
+    assert update() == 0
+    assert "\nline 46\n```\n\n103 more lines are left out." in block(readme, "SAMPLES")
+
+
+def test_samples_of_another_form_are_taken_whole(run_dir, tmp_path):
+    readme = write_readme(tmp_path, "SAMPLES")
+    (run_dir / "samples" / "samples.txt").write_text("just\ntext\n")
+    assert update() == 0
+    assert block(readme, "SAMPLES") == "The latest sample:\n\n```text\njust\ntext\n```"
+
+
+def test_a_foreign_record_breaks_nothing(run_dir, tmp_path):
+    readme = write_readme(tmp_path, *update_readme.NAMES)
+    odd = {key: [1, {"a": None}] for key in json.loads((run_dir / "run.json").read_text())}
+    for record in (odd, dict.fromkeys(odd, 3), dict.fromkeys(odd, "*x* | <b>"), {"other": True}, {}):
+        (run_dir / "run.json").write_text(json.dumps(record))
+        assert update() == 0
+        tokens = assert_sound_markdown(readme.read_text())
+        assert not any(child.type in ("html_inline", "em_open") for t in tokens for child in t.children or [])
+
+
+def test_flags_are_those_of_train_config(run_dir, tmp_path):
+    readme = write_readme(tmp_path, "FLAGS")
+    assert update() == 0
+    tokens = MarkdownIt("commonmark").enable("table").parse(block(readme, "FLAGS"))
+    cells = [plain_text(t) for t in tokens if t.type == "inline"][3:]
+    rows = [tuple(cells[i : i + 3]) for i in range(0, 3 * (len(cells) // 3), 3)]
+    expected = []
+    for f in dataclasses.fields(train.TrainConfig):
+        if f.metadata["group"]:
+            expected.append((f.metadata["group"], "", ""))
+        default = "" if f.default is False or f.default in (None, "") else repr(f.default)
+        choices = " or ".join(c for c in f.metadata.get("choices", ()) if c)
+        expected.append((f"--{f.name}", default, f.metadata["help"] + (f" ({choices})" if choices else "")))
+    assert rows == expected
+    for name, preset in train.PRESETS.items():
+        assert f"--preset {name} stands for" in cells[-1]
+        assert all(f"--{key} " in cells[-1] for key in preset)
+
+
+def plain_text(token) -> str:
+    return "".join(child.content for child in token.children)
+
+
+def test_flags_without_train_py_are_one_sentence(run_dir, tmp_path, monkeypatch, capsys):
+    write_readme(tmp_path, "FLAGS")
+    monkeypatch.setattr(update_readme, "HERE", tmp_path)
+    assert update() == 1
+    assert capsys.readouterr().err == f"{tmp_path / 'train.py'}: the flags can't be read from it (FileNotFoundError)\n"
+
+
+# ---- the curve ----
+
+
+def test_the_curve_is_the_same_to_the_byte_and_states_the_result(run_dir, tmp_path):
+    readme = write_readme(tmp_path, "CURVE")
+    drawn = []
+    for seed, zone in (("1", "UTC"), ("2", "Asia/Tokyo")):
+        environment = {**os.environ, "PYTHONHASHSEED": seed, "TZ": zone, "MPLCONFIGDIR": str(tmp_path / f"mpl{seed}")}
+        command = [sys.executable, str(ROOT / "update_readme.py"), "--run_dir", "out/own"]
+        subprocess.run(command, check=True, env=environment, capture_output=True)
+        drawn.append((tmp_path / "assets" / "curve.svg").read_bytes())
+        (tmp_path / "assets" / "curve.svg").unlink()
+    assert drawn[0] == drawn[1]
+    root = ElementTree.fromstring(drawn[0])
+    said = "avg_loss of out/own fell from 9.881 to 0.07059 at step 59, under the target of 0.1"
+    assert root.find("{*}title").text.startswith(said)
+    words = {"".join(e.itertext()).strip() for e in root.iter("{http://www.w3.org/2000/svg}text")}
+    assert {"loss (one step)", "avg_loss (a full pass)", "best: 0.07059 at step 59", "target 0.1", "lr"} <= words
+    (image,) = (c for t in MarkdownIt().parse(readme.read_text()) for c in t.children or [] if c.type == "image")
+    assert image.attrs["src"] == "assets/curve.svg" and image.content.startswith(said)
+
+
+def test_every_colour_of_the_curve_has_a_dark_one(run_dir):
+    svg = update_readme.curve(update_readme.read_run(run_dir, "out/own")).decode()
+    rules, body = svg.split("<style>@media (prefers-color-scheme: dark)")[1].split("</style>", 1)
+    colours = set(re.findall(r"(?:fill|stroke): (#\w+)", body))
+    assert update_readme.PAPER in colours and update_readme.AVERAGE in colours
+    for colour in colours:
+        assert f'[style*="stroke: {colour}"]' in rules
+
+
+def contrast(a: str, b: str) -> float:
+    """WCAG 2 contrast ratio."""
+
+    def luminance(colour: str) -> float:
+        parts = [int(colour[i : i + 2], 16) / 255 for i in (1, 3, 5)]
+        linear = [c / 12.92 if c <= 0.03928 else ((c + 0.055) / 1.055) ** 2.4 for c in parts]
+        return 0.2126 * linear[0] + 0.7152 * linear[1] + 0.0722 * linear[2]
+
+    lighter, darker = sorted((luminance(a), luminance(b)), reverse=True)
+    return (lighter + 0.05) / (darker + 0.05)
+
+
+def test_words_and_lines_of_the_curve_stand_out_on_both_backgrounds():
+    for colour in (
+        update_readme.INK,
+        update_readme.AVERAGE,
+        update_readme.HELD_OUT,
+        update_readme.TARGET,
+        update_readme.RATE,
+    ):
+        assert contrast(colour, update_readme.PAPER) > 4.5
+        assert contrast(update_readme.DARK[colour], update_readme.DARK[update_readme.PAPER]) > 4.5
+
+
+@pytest.mark.parametrize(
+    "csv",
+    [
+        "step,loss\n1,5\n",
+        "step,loss,lr\n1,nan,0\n2,inf,0\n",
+        "step,loss,val_loss\n1,5,6\n2,4,\n3,3,5\n",
+        "step,loss\n1,0\n",
+    ],
+)
+def test_curves_of_odd_rows(csv, run_dir, tmp_path):
+    write_readme(tmp_path, "CURVE")
+    (run_dir / "logs" / "train_metrics.csv").write_text(csv)
+    assert update() == 0
+    svg = (tmp_path / "assets" / "curve.svg").read_text()
+    ElementTree.fromstring(svg)
+    assert ("val_loss (held out)" in svg) == ("val_loss" in csv)
+
+
+def test_a_hundred_thousand_rows_make_a_small_picture(run_dir, tmp_path):
+    write_readme(tmp_path, "CURVE")
+    rows = "".join(f"{i},{5 + i % 7},0.001\n" for i in range(1, 100_001))
+    (run_dir / "logs" / "train_metrics.csv").write_text(f"step,loss,lr\n{rows}")
+    assert update() == 0
+    assert (tmp_path / "assets" / "curve.svg").stat().st_size < 200_000
+
+
+def test_without_matplotlib_only_the_curve_is_out_of_reach(run_dir, tmp_path, monkeypatch, capsys):
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    readme = write_readme(tmp_path, "SUMMARY", "CURVE")
+    before = readme.read_bytes()
+    assert update() == 1
+    assert "pip install -r requirements.txt" in capsys.readouterr().err
+    assert readme.read_bytes() == before
+    write_readme(tmp_path, "SUMMARY")
+    assert update() == 0
+
+
+# ---- markers ----
+
+
+@pytest.mark.parametrize(
+    ("text", "errors"),
+    [
+        ("a\n<!--AUTO:LOGS:START-->\n", ["2: LOGS starts and never ends"]),
+        ("a\n<!--AUTO:LOGS:END-->\n", ["2: LOGS ends without a START"]),
+        (
+            "<!--AUTO:LOGS:START-->\n<!--AUTO:SUMMARY:START-->\n<!--AUTO:LOGS:END-->\n<!--AUTO:SUMMARY:END-->\n",
+            ["2: SUMMARY starts inside LOGS", "3: LOGS ends inside SUMMARY (line 2): two blocks can't cross"],
+        ),
+        (
+            "<!--AUTO:LOGS:START-->\n<!--AUTO:SUMMARY:START-->\n<!--AUTO:SUMMARY:END-->\n<!--AUTO:LOGS:END-->\n",
+            ["2: SUMMARY starts inside LOGS, which has no END before it (line 1)"],
+        ),
+        (
+            "<!--AUTO:LOGS:START-->\n<!--AUTO:LOGS:END-->\n\n<!--AUTO:LOGS:START-->\n<!--AUTO:LOGS:END-->\n",
+            ["4: a second START of LOGS, which starts in line 1"],
+        ),
+        (
+            "<!--AUTO:LOGS:START-->\n<!--AUTO:LOGS:START-->\n<!--AUTO:LOGS:END-->\n",
+            ["2: a second START of LOGS, which starts in line 1"],
+        ),
+        ("<!--AUTO:LOGS:START-->\n<!--AUTO:LOGS:END-->\n<!--AUTO:LOGS:END-->\n", ["3: LOGS ends without a START"]),
+        (
+            "\n<!--AUTO:PLOT:START-->\n<!--AUTO:PLOT:END-->\n",
+            ["2: <!--AUTO:PLOT:START--> is no marker: the blocks are", "3: "],
+        ),
+        ("<!--AUTO:SUMARY:START-->\n", ["1: <!--AUTO:SUMARY:START--> is no marker: write <!--AUTO:SUMMARY:START-->"]),
+        ("<!-- AUTO:LOGS:START -->\n", ["1: <!-- AUTO:LOGS:START --> is no marker: write <!--AUTO:LOGS:START-->"]),
+        ("<!--AUTO:logs:start-->\n", ["1: <!--AUTO:logs:start--> is no marker: write <!--AUTO:LOGS:START-->"]),
+        ("<!--AUTO:LOGS:BEGIN-->\n", ["1: <!--AUTO:LOGS:BEGIN--> is no marker: write <!--AUTO:LOGS:START-->"]),
+        ("<!--AUTO:LOGS:ENDE-->\n", ["1: <!--AUTO:LOGS:ENDE--> is no marker: write <!--AUTO:LOGS:END-->"]),
+        ("<!--AUTO:LOGS-->\n", ["1: <!--AUTO:LOGS--> is no marker"]),
+        ("<!--AUTO LOGS END-->\n", ["1: <!--AUTO LOGS END--> is no marker: write <!--AUTO:LOGS:END-->"]),
+        ("<!--LOGS:END-->\n", ["1: <!--LOGS:END--> is no marker: write <!--AUTO:LOGS:END-->"]),
+        ("<!--AUTO:LOGS:START->\n", ["1: <!--AUTO:LOGS:START-> is no marker: write <!--AUTO:LOGS:START-->"]),
+        ("so: <!--AUTO:LOGS:START-->\n", ["1: <!--AUTO:LOGS:START--> must stand alone on its line"]),
+        ("<!--AUTO:LOGS:START--> <!--AUTO:LOGS:END-->\n", ["1: <!--AUTO:LOGS:START--> must stand alone on its line"]),
+        ("- a\n\n  - <!--AUTO:LOGS:START-->\n", ["3: <!--AUTO:LOGS:START--> must stand alone on its line"]),
+        (
+            "<!--AUTO:LOGS:START-->\n```text\nnever closed\n<!--AUTO:LOGS:END-->\n",
+            ["1: LOGS starts and never ends (the code fence of line 2 is never closed)"],
+        ),
+        ("no block at all\n", [" has no block: put <!--AUTO:SUMMARY:START--> and"]),
+        ("```\n<!--AUTO:LOGS:START-->\n<!--AUTO:LOGS:END-->\n```\n", [" has no block"]),
+    ],
+)
+def test_broken_markers_are_named_with_their_line_and_nothing_is_written(text, errors, run_dir, tmp_path, capsys):
+    readme = tmp_path / "README.md"
+    readme.write_text(text)
+    assert update() == 1
+    found = capsys.readouterr().err.splitlines()
+    for line, error in zip(found, errors, strict=True):
+        assert line.startswith(f"README.md:{error}" if error[0].isdigit() else f"README.md{error}")
+    assert readme.read_text() == text and not (tmp_path / "assets").exists()
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "```html\n<!--AUTO:LOGS:START-->\n```\n",
+        "~~~\n```\n<!--AUTO:NONE:START-->\n~~~\n",
+        "````\n```\n<!--AUTO:LOGS:END-->\n````\n",
+        "1. a list\n\n   ```\n   <!--AUTO:LOGS:START-->\n   ```\n",
+        "> ```\n> <!--AUTO:LOGS:START-->\n> ```\n",
+        "text\n\n    <!--AUTO:LOGS:START-->\n\ntext\n",
+        "write `<!--AUTO:LOGS:START-->` and ``<!--AUTO:LOGS:END-->`` on lines of their own\n",
+        "<!-- auto: this comment is someone's own -->\n<!-- the logs end here -->\n",
+        "<!-- AUTO-GENERATED-CONTENT:START (TOC) -->\n<!-- AUTO-GENERATED-CONTENT:END -->\n",
+    ],
+)
+def test_markers_in_code_are_text(text, run_dir, tmp_path):
+    readme = write_readme(tmp_path, "LOGS", text="{}" + text)
+    assert update() == 0
+    assert readme.read_text().endswith(text)
+
+
+PIECES = [
+    *["```", "~~~", "````", "\n", "\r\n", "\r", "\t", " ", "|", "\\", "<b>", "-->", "<!--", "</details>"],
+    *["\x1b[31m", "\0", "\x0c", "\x85", "\u2028", "\u202e", "\ud800", "# ", "- ", "> ", "    ", "$x$", "[a](b)"],
+    *[f"<!--AUTO:{name}:{edge}-->" for name in update_readme.NAMES for edge in ("START", "END")],
+]
+HOSTILE = st.lists(st.sampled_from(PIECES) | st.characters(), max_size=30).map("".join)
+
+
+@settings(max_examples=150, deadline=None)
+@given(sample=st.lists(HOSTILE, max_size=4), line=HOSTILE, ended=HOSTILE, command=HOSTILE)
+def test_no_content_breaks_out_of_its_block(tmp_path_factory, sample, line, ended, command):
+    folder = tmp_path_factory.mktemp("run")
+    run_dir = shutil.copytree(GOLDEN / "own", folder / "run")
+    sample_file, log = run_dir / "samples" / "samples.txt", run_dir / "logs" / "train.log"
+    outputs = "".join(f"PROMPT:\n{text}\nOUTPUT:\n{text}\n\n" for text in sample)
+    sample_file.write_bytes(f"{RULE}\nSTEP 3\n\n{outputs}".encode("utf-8", "surrogatepass"))
+    log.write_bytes(log.read_bytes() + f"2026-01-02 10:00:41,000 | INFO | {line}\n".encode("utf-8", "surrogatepass"))
+    record = json.loads((run_dir / "run.json").read_text())
+    (run_dir / "run.json").write_text(json.dumps(record | {"ended": ended, "command": command, "device": line}))
+    names = [name for name in update_readme.NAMES if name != "CURVE"]
+    readme = write_readme(folder, *names)
+    argv = ["--run_dir", str(run_dir), "--readme", str(readme)]
+    assert update_readme.main(argv) == 0
+    text = readme.read_bytes().decode()
+    assert re.findall("<!--AUTO:(.*?)-->", text) == [f"{name}:{edge}" for name in names for edge in ("START", "END")]
+    tokens = assert_sound_markdown(text)
+    assert [t.content for t in tokens if t.type == "html_block"] == [
+        f"<!--AUTO:{name}:{edge}-->\n" for name in names for edge in ("START", "END")
+    ]
+    assert [tokens[i + 1].content for i, t in enumerate(tokens) if t.type == "heading_open"] == ["Title", "End"]
+    assert not any(child.type == "html_inline" for t in tokens for child in t.children or [])
+    assert not re.search(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u2028\u2029\u202a-\u202e]", text)
+    assert update_readme.main([*argv, "--check"]) == 0  # twice is once
+
+
+# ---- writing ----
+
+
+def test_bytes_outside_the_blocks_are_kept(run_dir, tmp_path):
+    readme = tmp_path / "README.md"
+    before = b"\xef\xbb\xbfcaf\xe9 \r\n\n  tail  \r<!--AUTO:SUMMARY:START-->  \r\n"
+    after = b"  <!--AUTO:SUMMARY:END-->\n\n\n\x00\xff\tno newline at the end"
+    readme.write_bytes(before + b"old" + b"\r\n" + after)
+    assert update() == 0
+    data = readme.read_bytes()
+    assert data.startswith(before) and data.endswith(after)
+    inside = data[len(before) : -len(after)]
+    assert inside.count(b"\n") == inside.count(b"\r\n") > 5 and b"Best loss" in inside
+
+
+def test_check_and_diff_write_nothing(run_dir, tmp_path, capsys):
+    readme = write_readme(tmp_path, "SUMMARY", "CURVE")
+    before = readme.read_bytes()
+    assert update("--check") == 5
+    assert "README.md: is stale: python update_readme.py --run_dir out/own" in capsys.readouterr().out
+    assert update("--diff") == 0
+    shown = capsys.readouterr().out
+    assert shown.startswith("assets/curve.svg: would be drawn anew\n--- README.md\n+++ README.md (updated)\n@@")
+    assert "-old\n" in shown and "+- Best loss: **0.089094**" in shown
+    assert update("--check", "--diff") == 5
+    assert readme.read_bytes() == before and not (tmp_path / "assets").exists()
+    assert update() == 0
+    assert update("--check") == 0
+    (tmp_path / "assets" / "curve.svg").write_text("another picture")
+    assert update("--check") == 5
+
+
+def test_a_current_file_is_not_written_again(run_dir, tmp_path, monkeypatch):
+    write_readme(tmp_path, "SUMMARY", "CURVE")
+    assert update() == 0
+    monkeypatch.setattr(update_readme.Change, "write", lambda change: pytest.fail(f"{change.path} written"))
+    assert update() == 0
+
+
+@pytest.mark.skipif(os.name != "posix", reason="modes and links of POSIX")
+def test_mode_and_link_are_kept(run_dir, tmp_path):
+    readme = write_readme(tmp_path, "SUMMARY")
+    (tmp_path / "docs").mkdir()
+    target = readme.rename(tmp_path / "docs" / "real.md")
+    target.chmod(0o640)
+    readme.symlink_to(target)
+    assert update() == 0
+    assert readme.is_symlink() and target.stat().st_mode & 0o777 == 0o640
+    assert "Best loss" in target.read_text()
+
+
+def test_a_failed_write_leaves_the_old_file_and_no_other(run_dir, tmp_path, monkeypatch, capsys):
+    readme = write_readme(tmp_path, "SUMMARY")
+    before = readme.read_bytes()
+
+    def full(*_):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(os, "fsync", full)
+    assert update() == 1
+    assert capsys.readouterr().err == "README.md can't be written (No space left on device): it is as it was\n"
+    assert readme.read_bytes() == before
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["README.md", "out"]
+
+
+def test_a_readme_and_its_pictures_elsewhere(run_dir, tmp_path):
+    (tmp_path / "my docs").mkdir()
+    readme = write_readme(tmp_path / "my docs", "SUMMARY", "CURVE")
+    assert update("--readme", readme, "--assets_dir", tmp_path / "pictures (all)") == 0
+    assert (tmp_path / "pictures (all)" / "curve.svg").exists()
+    (image,) = (c for t in MarkdownIt().parse(readme.read_text()) for c in t.children or [] if c.type == "image")
+    assert image.attrs["src"] == "../pictures%20%28all%29/curve.svg"
+    assert update("--readme", readme) == 0
+    assert (tmp_path / "my docs" / "assets" / "curve.svg").exists()
+
+
+def test_blocks_that_the_readme_lacks_are_named(run_dir, tmp_path, capsys):
+    write_readme(tmp_path, "SUMMARY", "LOGS", "METRICS", "SAMPLES")
+    assert update() == 0
+    assert "README.md has no block CURVE, REPRODUCE, FLAGS: left alone\n" in capsys.readouterr().out
+
+
+def test_usage_errors(run_dir, tmp_path, capsys):
+    assert update("--readme", "nothing.md") == 2
+    assert capsys.readouterr().err == "update_readme.py: nothing.md isn't a file: name one with --readme\n"
+    with pytest.raises(SystemExit) as e:
+        update("--chek")
+    assert e.value.code == 2
+
+
+# ---- this project's own ----
+
+
+def test_it_imports_neither_torch_nor_train_py(run_dir, tmp_path):
+    write_readme(tmp_path, *update_readme.NAMES)
+    code = (
+        "import sys, update_readme as u; u.main(['--run_dir', 'out/own']); print({'torch', 'train'} & set(sys.modules))"
+    )
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    done = subprocess.run([sys.executable, "-c", code], env=environment, check=True, capture_output=True, text=True)
+    assert done.stdout.splitlines()[-1] == "set()"
+
+
+def test_the_readme_of_this_project_is_current(monkeypatch):
+    monkeypatch.chdir(ROOT)
+    assert update_readme.main(["--run_dir", "out/demo", "--check"]) == 0
+
+
+def test_the_readme_of_this_project_is_sound_markdown():
+    tokens = assert_sound_markdown((ROOT / "README.md").read_text(encoding="utf-8"))
+    assert sum(t.type == "table_open" for t in tokens) >= 4
