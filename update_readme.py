@@ -10,10 +10,13 @@ the same run directory gives the same bytes. Reads, where they exist, and copes 
 
     RUN/run.json                 how the run was made and how it ended
     RUN/logs/train_metrics.csv   a row each logged step, with at least the columns step and loss
-    RUN/logs/train.log           stands in for the CSV where there is none
+    RUN/logs/train.log           stands in for the CSV where that has no steps
     RUN/samples/samples.txt      blocks of a rule of `=`, `STEP n`, and per prompt `PROMPT:` and `OUTPUT:`
 
-Exit codes: 0 written or already current, 1 broken markers or run (file:line), 2 unusable flags, 5 stale under --check.
+or, at other places, files that by their names are the same.
+
+Exit codes: 0 written or already current, 1 broken markers (file:line), a run or a file that can't be read or written,
+2 unusable flags, 5 stale under --check.
 """
 
 from __future__ import annotations
@@ -21,6 +24,7 @@ from __future__ import annotations
 import argparse
 import ast
 import contextlib
+import csv
 import difflib
 import io
 import json
@@ -30,9 +34,8 @@ import re
 import shlex
 import shutil
 import sys
-import unicodedata
 import urllib.parse
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
@@ -44,7 +47,8 @@ NAMES = ("SUMMARY", "CURVE", "METRICS", "SAMPLES", "LOGS", "REPRODUCE", "FLAGS")
 
 METRICS_ROWS = 12  # rows of the table, evenly spaced
 LOG_EDGE, LOG_MIDDLE = 20, 12  # lines of the log at either end, at most, and steps between
-SAMPLE_LINES = 200
+SAMPLE_LINES, SAMPLE_CHARACTERS = 200, 30_000
+LOG_CHARACTERS = 2000  # of a line
 CURVE_POINTS = 1000
 
 
@@ -70,14 +74,25 @@ FORMATS = {
     "tok_per_s": ",.1f",
     "elapsed_s": ",.1f",
 }
-LOG_STEP = re.compile(
-    r"\b(?:step|iter)[ :=]{1,3}(?P<step>\d+)(?:/(?P<steps>\d+))?\b"
-    r".*?\bloss[ :=]+(?P<loss>[-+.\w]+)"
-    r"(?:.*?\blr[ :=]+(?P<lr>[-+.\w]+))?(?:.*?\btok/s[ :=]+(?P<tok_per_s>[.\d]+))?"
-    r"(?:.*?\bavg_loss[ :=]+(?P<avg_loss>[-+.\w]+))?"
-)
-LOG_LINE = re.compile(r"(?P<time>\d{4}-\d\d-\d\d[ T]\d\d:\d\d:\d\d)[,.\d]* *\| *\w+ *\| *(?P<message>.*)")
-SAMPLE_HEAD = re.compile(r"^={20,}[ \t]*\n+STEP[ \t:]+(\d+)[^\n]*\n", re.M)
+LOG_LINE = re.compile(r"(?P<time>\d{4}-\d\d-\d\d[ T]\d\d:\d\d:\d\d)[,.\d]*Z? *\| *\w+ *\| *(?P<message>.*)")
+# A log line of a step begins its message with `step 10/30`; its figures are looked for behind that.
+LOG_STEP = re.compile(r"(?:^|[|\]:>]\s{0,9})(?:global_)?(?:step|iter|iteration)[ :=]{1,12}(\d[\d,]{0,14})\b", re.I)
+NUMBER = r"[ :=]{1,12}([-+]?(?:\d[\d,]*\.?\d*(?:e[-+]?\d+)?|nan|inf))(?![\w%]|\.\w)"
+LOG_FIGURES = {
+    "loss": re.compile(rf"(?<!best )(?<!val )\b(?:train_)?loss{NUMBER}", re.I),
+    "lr": re.compile(rf"\blr{NUMBER}", re.I),
+    "tok_per_s": re.compile(rf"\btok/s{NUMBER}", re.I),
+    "avg_loss": re.compile(rf"\bavg_loss{NUMBER}", re.I),
+    "val_loss": re.compile(rf"\bval[_ ]loss{NUMBER}", re.I),
+    "epoch": re.compile(rf"\bepoch{NUMBER}", re.I),
+}
+SAMPLE_HEAD = re.compile(r"^={20,}[ \t]*\n+STEP[ \t:]+(\d{1,15})[^\n]*\n", re.M)
+
+
+def finite(value) -> float | None:
+    """The value, if it is a finite number."""
+    number = isinstance(value, (int, float)) and not isinstance(value, bool) and abs(value) < sys.float_info.max
+    return float(value) if number else None
 
 
 @dataclass(frozen=True)
@@ -89,148 +104,178 @@ class Run:
     rows: list[dict[str, float]]  # the logged steps, each once, in order; keys are those of FORMATS
     log: list[str]
     sample: tuple[int | None, str]  # (step, text) of the latest; (None, "") where there is none
-    notes: list[str]  # what was passed over, for the terminal
 
     def number(self, key: str) -> float | None:
-        """A finite number of run.json."""
-        value = self.record.get(key)
-        return (
-            value if isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value) else None
-        )
+        return finite(self.record.get(key))
 
     def text(self, key: str) -> str | None:
         value = self.record.get(key)
-        return value if isinstance(value, str) and value else None
+        return value if isinstance(value, str) and value.strip() else None
+
+    def with_figure(self, key: str) -> list[dict[str, float]]:
+        """The rows that have a finite `key`; of avg_loss, those since the first full pass, if any says that it was."""
+        rows = [row for row in self.rows if math.isfinite(row.get(key, math.nan))]
+        return [row for row in rows if row.get("epoch", 1) >= 1] if key == "avg_loss" else rows
 
     def best(self, key: str) -> dict[str, float] | None:
         """The first row with the lowest `key`."""
-        rows = [row for row in self.rows if math.isfinite(row.get(key, math.nan))]
-        return min(rows, key=lambda row: row[key], default=None)
+        return min(self.with_figure(key), key=lambda row: row[key], default=None)
+
+    def measure(self) -> str:
+        """The loss that tells most: avg_loss, where there is one of a full pass."""
+        return "avg_loss" if self.best("avg_loss") else "loss"
 
     def settings(self) -> dict:
         """The configuration, from run.json or else from the log's line `Args: {...}`."""
-        if isinstance(config := self.record.get("config"), dict):
-            return config
-        for line in self.log:
-            if found := re.search(r"\bArgs: (\{.*\})", line):
-                for read in (json.loads, ast.literal_eval):  # train.py writes JSON, others a Python dict
-                    with contextlib.suppress(ValueError, SyntaxError):
-                        return read(found[1])
-        return {}
+        candidates = [self.record.get("config")]
+        for text in (line.partition("Args: ")[2] for line in reversed(self.log)):  # the last start's come first
+            for read in (json.loads, ast.literal_eval) if text[:1] == "{" else ():  # train.py's, a Python program's
+                with contextlib.suppress(ValueError, TypeError, SyntaxError, RecursionError, MemoryError):
+                    candidates.append(read(text))
+        return next((c for c in candidates if isinstance(c, dict)), {})
 
-    def target_loss(self) -> float | None:
-        value = self.record.get("target_loss", self.settings().get("target_loss"))
-        return value if isinstance(value, (int, float)) and value > 0 else None
+    def target_loss(self) -> float:
+        """0 where there is none."""
+        return max(0.0, finite(self.record.get("target_loss", self.settings().get("target_loss"))) or 0.0)
 
     def closing(self) -> list[tuple[str, str]]:
         """(time, message) of what follows the log's last step, or else of its last line."""
         found = [(m["time"].replace("T", " "), m["message"]) for m in map(LOG_LINE.match, self.log) if m]
-        after = max((i + 1 for i, (_, message) in enumerate(found) if LOG_STEP.search(message)), default=len(found))
+        after = max((i + 1 for i, (_, message) in enumerate(found) if step_of(message)), default=len(found))
         return found[after:] or found[-1:]
 
 
-def read_run(folder: Path, name: str) -> Run:
-    """Raises ReadmeError where there is no run, or one that can't be read."""
-    record_file, log_file = folder / "run.json", find(folder, "logs/train.log", "*.log")
-    csv_file, sample_file = (
-        find(folder, "logs/train_metrics.csv", "*.csv"),
-        find(folder, "samples/samples.txt", "sample*"),
-    )
-    if not any(path and path.is_file() for path in (record_file, log_file, csv_file, sample_file)):
-        below = sorted(p.parent for p in folder.glob("*/run.json"))
-        hint = (
-            f"there is one in {below[0]}: use --run_dir {below[0]}"
-            if below
-            else "train first, or name another --run_dir"
-        )
-        raise ReadmeError(f"{folder} holds no run: {hint}")
+def read_run(folder: Path, name: str) -> tuple[Run, list[str]]:
+    """(the run, notes on what was passed over). Raises ReadmeError where there is no run, or one that can't be read."""
     notes: list[str] = []
+    log_file = find(folder, "logs/train.log", r"\.log$", notes)
+    csv_file = find(folder, "logs/train_metrics.csv", r"(metric|loss|train|log|history).*\.csv$", notes)
+    sample_file = find(folder, "samples/samples.txt", r"sample.*\.txt$", notes)
+    record_file = folder / "run.json"
+    if not (log_file or csv_file or sample_file or record_file.is_file()):
+        below = sorted(p.parent for pattern in ("*/run.json", "*/logs/train.log") for p in folder.glob(pattern))
+        there = f"there is one in {below[0]}: use --run_dir {shlex.quote(str(below[0]))}" if below else ""
+        raise ReadmeError(f"{folder} holds no run: {there or 'train first, or name another --run_dir'}")
     log = read_log(log_file) if log_file else []
     rows = read_metrics(csv_file, notes) if csv_file else []
-    if not rows:
-        rows = in_order(steps_of_log(log))
-        if rows:
-            notes.append(f"{folder} has no CSV with steps: the log serves")
+    if not rows and (rows := in_order(row for line in log if (row := step_of(line)))):
+        notes.append(f"{folder} has no CSV with steps: the log serves")
     sample = read_sample(sample_file) if sample_file else (None, "")
-    return Run(name, read_record(record_file), rows, log, sample, notes)
+    return Run(harmless(name), read_record(record_file), rows, log, sample), notes
 
 
-def find(folder: Path, usual: str, pattern: str) -> Path | None:
-    """The file at its usual place, or else the only one of that pattern in the folder or one below."""
+def find(folder: Path, usual: str, pattern: str, notes: list[str]) -> Path | None:
+    """The file at its usual place, or else the last by name that fits the pattern, in the folder or one below."""
     if (folder / usual).is_file():
         return folder / usual
-    others = [p for p in sorted({*folder.glob(pattern), *folder.glob(f"*/{pattern}")}) if p.is_file()]
-    return others[0] if len(others) == 1 else None
+    others = [p for p in (*folder.glob("*"), *folder.glob("*/*")) if re.search(pattern, p.name, re.I) and p.is_file()]
+    others.sort(key=lambda p: [int(t) if t.isdecimal() else t for t in re.split(r"(\d+)", p.as_posix())])
+    if others:
+        notes.append(f"{folder / usual} isn't there: {others[-1]} serves")
+    return others[-1] if others else None
 
 
 def read_text(path: Path) -> str:
     """A text file of any newline style, in UTF-8, or in UTF-16 as PowerShell writes it; the newlines become \\n."""
     data = path.read_bytes()
     encoding = "utf-16" if data[:2] in (b"\xff\xfe", b"\xfe\xff") else "utf-8-sig"
-    return re.sub(r"\r*\n", "\n", data.decode(encoding, "replace"))
+    return "\n".join(line.rstrip("\r") for line in data.decode(encoding, "replace").split("\n"))
 
 
 def read_record(path: Path) -> dict:
     if not path.is_file():
         return {}
+    remedy = "mend it, or remove it to go by the log"
     try:
         record = json.loads(read_text(path))
     except json.JSONDecodeError as e:
-        raise ReadmeError(
-            f"{path}:{e.lineno}: this isn't JSON ({e.msg}): mend it, or remove it to go by the log"
-        ) from None
+        raise ReadmeError(f"{path}:{e.lineno}: this isn't JSON ({e.msg}): {remedy}") from None
+    except (ValueError, RecursionError):
+        raise ReadmeError(f"{path}:1: this is JSON beyond all measure: {remedy}") from None
     if not isinstance(record, dict):
-        raise ReadmeError(f"{path}:1: this isn't a JSON object: mend it, or remove it to go by the log")
+        raise ReadmeError(f"{path}:1: this isn't a JSON object: {remedy}")
     return record
 
 
+def step_of(line: str) -> dict[str, float] | None:
+    """The figures of a log line that tells of a step; None if it doesn't."""
+    if not (head := LOG_STEP.search(line[:500])):
+        return None
+    found = {key: figure.search(line[:2000], head.end()) for key, figure in LOG_FIGURES.items()}
+    row = {key: float(m[1].replace(",", "")) for key, m in found.items() if m}
+    return {"step": int(head[1].replace(",", "")), **row} if row.keys() & {"loss", "val_loss"} else None
+
+
+def to_float(text: str) -> float | None:
+    with contextlib.suppress(ValueError):
+        return float(text)
+    return None
+
+
 def read_log(path: Path) -> list[str]:
-    """The log's lines. A last line that is still being written is left out."""
-    lines = read_text(path).split("\n")
-    torn = lines.pop()  # "" behind a last newline
-    whole = LOG_LINE.match(torn) and (not (step := LOG_STEP.search(torn)) or step["tok_per_s"])
-    return [*lines, torn] if whole else lines
+    """The log's lines. A last line without an end is left out if it has no words, or is a step that may be cut."""
+    *lines, rest = read_text(path).replace("\r", "\n").split("\n")  # a progress bar goes back by a bare \r
+    like = next((line for line in reversed(lines) if step_of(line)), "") if LOG_STEP.search(rest[:500]) else ""
+    torn = form(rest) != form(like) if LOG_STEP.search(rest[:500]) else not re.search(r"[^\W\d]", rest)
+    return lines if torn else [*lines, rest]
 
 
-def steps_of_log(log: Sequence[str]) -> Iterator[dict[str, float]]:
-    for line in log:
-        if found := LOG_STEP.search(line):
-            with contextlib.suppress(ValueError):
-                row = {key: float(value) for key, value in found.groupdict().items() if value and key != "steps"}
-                yield {**row, "step": int(found["step"])}
+def form(line: str) -> tuple[int, str]:
+    """How many fields a step's line has, and how its last one looks, digit by digit behind the point."""
+    return line.count("|"), re.sub(r"\d+(?=\.|$)", "0", line.rpartition("|")[2], count=1).replace("0.", ".")
 
 
 def read_metrics(path: Path, notes: list[str]) -> list[dict[str, float]]:
-    """The CSV's rows. One that is torn, or isn't of numbers, is left out and noted."""
+    """The CSV's rows. One that is torn, or has no step or no figures, is left out and noted."""
     text = read_text(path)
     lines = [(i, line) for i, line in enumerate(text.split("\n"), 1) if line.strip()]
     if not lines:
         return []
-    header = [ALIASES.get(name, name) for name in re.split(r"\s*,\s*", lines[0][1].strip().lower().replace('"', ""))]
+    names = [name.strip(' "').lower() for name in lines[0][1].split(",")]
+    header = [name if ALIASES.get(name) in names else ALIASES.get(name, name) for name in names]
     if not {"step", "loss"} <= set(header):
-        notes.append(f"{path}:1: the columns step and loss aren't there")
+        notes.append(f"{path}:{lines[0][0]}: the columns step and loss aren't there")
         return []
-    rows = []
-    torn = (
-        lines[-1][0] if not text.endswith("\n") else 0
-    )  # a row that is still being written: its last figure may be cut
+    rows, left_out = [], []
     for i, line in lines[1:]:
-        cells = [cell.strip().strip('"') for cell in line.split(",")]
-        if i == torn:
-            cells[-1] = ""
-        try:
-            row = {k: float(v) for k, v in zip(header, cells, strict=True) if k in FORMATS and v}
-            rows.append(row | {"step": int(row["step"]), "loss": row["loss"]})
-        except (ValueError, KeyError, OverflowError):
-            why = "it is still being written" if i == torn else f"it isn't of {len(header)} figures"
-            notes.append(f"{path}:{i}: row left out, since {why}")
-    return in_order(rows)
+        open_end = i == lines[-1][0] and not text.endswith("\n")
+        row = read_row(line, header, open_end)
+        if row:
+            rows.append(row)
+        elif line.strip() != lines[0][1].strip():  # a header again, of a run that was begun anew, is no loss
+            why = (
+                "it has no line end, so it may be cut"
+                if open_end
+                else f"it isn't {len(header)} cells, of which one is the step"
+            )
+            left_out.append(f"{path}:{i}: row left out, since {why}")
+    notes += left_out[:3] + [f"{path}: {len(left_out) - 3} more rows left out"] * (len(left_out) > 3)
+    kept = in_order(rows)
+    steps = {row["step"] for row in kept}
+    if again := sum(row["step"] not in steps for row in rows):
+        notes.append(f"{path}: {again} rows left out, since the run went back behind their steps")
+    return kept
 
 
-def in_order(rows: Iterator[dict[str, float]] | Sequence[dict[str, float]]) -> list[dict[str, float]]:
-    """Each step once: a run that was resumed from an earlier step made those after it again."""
+def read_row(line: str, header: Sequence[str], open_end: bool) -> dict[str, float] | None:
+    """The figures of a line. In one without an end the last may be cut, so it doesn't count."""
+    cells = [to_float(cell) for cell in next(csv.reader([line.replace("\0", "")], skipinitialspace=True))]
+    if open_end:
+        cells[-1] = None
+    row = {key: cell for key, cell in zip(header, cells, strict=False) if key in FORMATS and cell is not None}
+    step = finite(row.pop("step", None))
+    sound = len(cells) == len(header) and step is not None and ("loss" in row or (row and not open_end))
+    return {"step": int(step), **row} if sound else None
+
+
+def in_order(rows: Iterable[dict[str, float]]) -> list[dict[str, float]]:
+    """Each step once: a run that was resumed from an earlier step made those after it again. A row without a loss adds
+    to the one of its step."""
     kept: list[dict[str, float]] = []
     for row in rows:
+        if kept and kept[-1]["step"] == row["step"] and "loss" not in row:
+            kept[-1] = kept[-1] | row
+            continue
         while kept and kept[-1]["step"] >= row["step"]:
             kept.pop()
         kept.append(row)
@@ -250,32 +295,32 @@ def read_sample(path: Path) -> tuple[int | None, str]:
 # ======================================================================================================================
 
 
+HIDDEN = re.compile(r"[^\S \n\t]|[\x00-\x08\x0e-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069\ud800-\udfff]")
+
+
 def harmless(text: str) -> str:
-    """Text for a code fence: control characters become visible, and no line can pass for a marker."""
+    """Text for a code fence: control characters, and those that turn the direction of writing, become visible, and no
+    line can pass for a marker."""
+    text = HIDDEN.sub(lambda m: m[0].encode("unicode_escape").decode(), text)
+    return re.sub("<!--(?=AUTO:)", "<!-- ", text, flags=re.I)
 
-    def visible(c: str) -> str:
-        control = (
-            unicodedata.category(c) in ("Cc", "Cs", "Zl", "Zp")
-            or c in "\u202a\u202b\u202c\u202d\u202e\u2066\u2067\u2068\u2069"
-        )
-        return c.encode("unicode_escape").decode() if control and c not in "\n\t" else c
 
-    return re.sub("<!--(?=AUTO:)", "<!-- ", "".join(map(visible, text)), flags=re.I)
+def ticks(text: str, least: int) -> str:
+    """A run of backticks longer than any in the text."""
+    return "`" * max(least, 1 + max(map(len, re.findall("`+", text)), default=0))
 
 
 def fence(text: str, language: str = "text") -> str:
-    """A code fence longer than any run of backticks inside."""
+    """A code fence."""
     text = harmless(text)
-    ticks = "`" * max(3, 1 + max(map(len, re.findall("`+", text)), default=0))
-    return f"{ticks}{language}\n{text}\n{ticks}"
+    return f"{ticks(text, 3)}{language}\n{text}\n{ticks(text, 3)}"
 
 
 def code(text: str) -> str:
     """A code span, on one line."""
-    text = re.sub(r"\s*\n\s*", " ", harmless(text).replace("\t", " ")).strip() or "?"
-    ticks = "`" * (1 + max(map(len, re.findall("`+", text)), default=0))
+    text = " ".join(harmless(text).split()) or "?"
     pad = " " if "`" in (text[0], text[-1]) else ""
-    return f"{ticks}{pad}{text}{pad}{ticks}"
+    return f"{ticks(text, 1)}{pad}{text}{pad}{ticks(text, 1)}"
 
 
 def plain(text: str) -> str:
@@ -292,7 +337,7 @@ def table(header: Sequence[str], rows: Sequence[Sequence[str]], align: str = "--
 
 def thin(n: int, most: int) -> list[int]:
     """At most `most` of the indices 0 .. n-1, evenly spaced, the first and the last among them."""
-    return sorted({round(i * (n - 1) / (most - 1)) for i in range(most)}) if n > most else list(range(n))
+    return [round(i * (n - 1) / (most - 1)) for i in range(most)] if n > most else list(range(n))
 
 
 def figure(row: dict[str, float], key: str) -> str:
@@ -330,33 +375,35 @@ def summary(run: Run) -> str:
 
 
 def losses(run: Run) -> Iterator[str]:
-    best, best_avg = run.best("loss"), run.best("avg_loss")
-    if best:
-        yield f"Best loss: **{figure(best, 'loss')}** at step **{best['step']}**" + (" (one step)" if best_avg else "")
-    if best_avg:
-        yield f"Best avg_loss: **{figure(best_avg, 'avg_loss')}** at step **{best_avg['step']}** (a full pass)"
-    if best_val := run.best("val_loss"):
-        yield f"Best val_loss: **{figure(best_val, 'val_loss')}** at step **{best_val['step']}**"
-    if run.rows:
-        yield f"Last logged loss: **{figure(run.rows[-1], 'loss')}** at step **{run.rows[-1]['step']}**"
+    """The best and the last, each with its step."""
+    remarks = {
+        "loss": " (one step)" if run.measure() == "avg_loss" else "",
+        "avg_loss": " (a full pass)",
+        "val_loss": "",
+    }
+    for key, remark in remarks.items():
+        if best := run.best(key):
+            yield f"Best {key}: **{figure(best, key)}** at step **{best['step']}**{remark}"
+    if last := [row for row in run.rows if "loss" in row][-1:]:
+        yield f"Last logged loss: **{figure(last[0], 'loss')}** at step **{last[0]['step']}**"
 
 
 def target(run: Run) -> Iterator[str]:
     """Was the target met, and at what cost? Only the proof over the whole text, final_loss, can tell."""
     goal, final = run.target_loss(), run.number("final_loss")
-    name = f"the target of {goal:g}" if goal else "a target"
     if final is not None:
-        verdict = f", {'under' if final < goal else 'not under'} {name}" if goal else ""
+        verdict = f", {'under' if final < goal else 'not under'} the target of {goal:g}" if goal else ""
         yield f"final_loss, over the whole text: **{final:.6f}**{verdict}"
-    elif run.record:
-        yield f"final_loss: none; {name} has not been reached"
+    elif "final_loss" in run.record:
+        yield f"final_loss: none{f', the target of {goal:g} was not reached' if goal else ''}"
     else:
-        yield f"Not on record: final_loss, and so whether {name} was met; tokens and time to it"
+        whether = f", and so whether the target of {goal:g} was met; tokens and time to it" if goal else ""
+        yield f"Not on record: final_loss{whether}"
     tokens, seconds = run.number("tokens_to_target"), run.number("seconds_to_target")
     if tokens is not None:
         yield f"To the target: **{tokens:,.0f} tokens**" + ("" if seconds is None else f" in **{duration(seconds)}**")
     elif run.number("tokens") and run.number("seconds"):
-        yield f"So far: {run.number('tokens'):,.0f} tokens in {duration(run.number('seconds'))}"
+        yield f"Trained: {run.number('tokens'):,.0f} tokens in {duration(run.number('seconds'))}"
 
 
 def how_it_ended(run: Run) -> str:
@@ -391,14 +438,16 @@ def samples(run: Run) -> str:
     step, text = run.sample
     if not text.strip():
         return "No sample has been written yet."
-    lines = text.split("\n")
     head = "The latest sample:" if step is None else f"What the model wrote at step {step}:"
-    if len(lines) <= SAMPLE_LINES:
+    lines, whole = text.split("\n"), 0
+    while whole < min(len(lines), SAMPLE_LINES) and sum(map(len, lines[: whole + 1])) <= SAMPLE_CHARACTERS:
+        whole += 1
+    if whole == len(lines):
         return f"{head}\n\n{fence(text)}"
-    prompts = [i for i in range(1, SAMPLE_LINES) if lines[i].startswith("PROMPT:")]
-    cut = prompts[-1] if prompts else SAMPLE_LINES
-    kept = "\n".join(lines[:cut]).rstrip("\n")
-    return f"{head}\n\n{fence(kept)}\n\n{len(lines) - cut} more lines are left out."
+    prompts = [i for i in range(1, whole) if lines[i].startswith("PROMPT:")]
+    kept = lines[: prompts[-1] if prompts else whole]
+    left_out = f"{len(lines) - len(kept):,} more lines are left out."
+    return "\n\n".join([head, *([fence("\n".join(kept).rstrip("\n"))] if kept else []), left_out])
 
 
 def logs(run: Run) -> str:
@@ -406,8 +455,9 @@ def logs(run: Run) -> str:
     lines = run.log
     if not any(line.strip() for line in lines):
         return "No log has been written yet."
-    steps = [i for i, line in enumerate(lines) if LOG_STEP.search(line)]
-    first, last = (min(steps), max(steps)) if steps else (len(lines), len(lines))
+    lines = [cut(line) for line in lines]
+    steps = [i for i, line in enumerate(lines) if step_of(line)]
+    first, last = (min(steps), max(steps)) if steps else (len(lines), 0)
     head = min(first + 1, LOG_EDGE)
     tail = max(last, len(lines) - LOG_EDGE, head)
     between = [i for i in steps if head <= i < tail]
@@ -415,65 +465,59 @@ def logs(run: Run) -> str:
     left_out = tail - head - len(middle)
     if left_out <= 3:
         return fence("\n".join(lines).strip("\n"))
-    note = f"[... {left_out:,} of the {tail - head:,} lines between are left out ...]"
+    evenly = "; evenly spaced steps follow" if middle else ""
+    note = f"[... {left_out:,} of the {tail - head:,} lines between are left out{evenly} ...]"
     shown = [lines[i] for i in middle] + ["[...]"] * bool(middle)
     return fence("\n".join([*lines[:head], note, *shown, *lines[tail:]]).strip("\n"))
+
+
+def cut(line: str) -> str:
+    return line if len(line) <= LOG_CHARACTERS else f"{line[:LOG_CHARACTERS]} [... {len(line) - LOG_CHARACTERS:,} more]"
 
 
 def reproduce(run: Run) -> str:
     """The exact command, and all that its result depends on."""
     if not run.record:
         return "There is no run.json, so only the log tells how this run was made."
-    parts = []
-    if command := run.text("command"):
-        parts.append(fence(command, "sh"))
-    resumed = run.record.get("resumed")
-    resumed = [c for c in resumed if isinstance(c, str)] if isinstance(resumed, list) else []
-    commit = run.text("git_commit")
+    versions, corpus, resumed = (run.record.get(key) for key in ("versions", "corpus", "resumed"))
+    commit = run.text("git_commit") or ""
     facts = {
         "Seed": run.record.get("seed"),
-        "Git commit": commit and commit.removesuffix("-dirty"),
+        "Git commit": commit.removesuffix("-dirty"),
         "Device": run.text("device"),
         "Precision": run.text("precision"),
         "Processes": run.record.get("processes"),
+        "Versions": ", ".join(f"{k} {v}" for k, v in versions.items()) if isinstance(versions, dict) else "",
+        "Text": corpus.get("file") if isinstance(corpus, dict) else "",
+        "SHA-256 of the text": corpus.get("sha256") if isinstance(corpus, dict) else "",
     }
-    if isinstance(versions := run.record.get("versions"), dict):
-        facts["Versions"] = ", ".join(f"{name} {version}" for name, version in versions.items())
-    lines = [f"- {name}: {code(str(value))}" for name, value in facts.items() if value is not None]
-    if commit and commit.endswith("-dirty"):
-        lines.append("- Files had changed since that commit")
-    if isinstance(corpus := run.record.get("corpus"), dict):
-        lines.append(f"- Text: {code(str(corpus.get('file')))}, SHA-256 {code(str(corpus.get('sha256')))}")
-    if resumed:
+    lines = [f"- {name}: {code(str(value))}" for name, value in facts.items() if value not in (None, "")]
+    if commit.endswith("-dirty"):
+        lines = [line + " and changes since" * line.startswith("- Git commit") for line in lines]
+    if isinstance(resumed, list) and resumed:
         times = "once" if len(resumed) == 1 else f"{len(resumed)} times"
-        lines.append(f"- Resumed {times}, at last by {code(resumed[-1])}")
-    return (
-        "\n\n".join([*parts, "\n".join(lines)])
-        if lines or parts
-        else "run.json says nothing of how to repeat this run."
-    )
+        lines.append(f"- Resumed {times}, at last by {code(str(resumed[-1]))}")
+    command = [fence(run.text("command"), "sh")] if run.text("command") else []
+    return "\n\n".join([*command, "\n".join(lines)]).strip() or "run.json says nothing of how to repeat this run."
 
 
 def flags(source: Path) -> str:
     """The table of train.py's flags, and its presets, read from the source: importing it would import torch."""
     try:
-        tree = ast.parse(source.read_text(encoding="utf-8"))
-        rows = [
-            row
-            for node in ast.walk(tree)
-            if isinstance(node, ast.ClassDef) and node.name == "TrainConfig"
-            for row in flag_rows(node)
-        ]
-        presets = next(
-            ast.literal_eval(node.value)
-            for node in tree.body
-            if isinstance(node, ast.AnnAssign) and getattr(node.target, "id", "") == "PRESETS"
-        )
-    except (OSError, SyntaxError, ValueError, StopIteration) as e:
-        raise ReadmeError(f"{source}: the flags can't be read from it ({type(e).__name__})") from None
+        tree = ast.parse(source.read_text(encoding="utf-8")).body
+        config = next(n for n in tree if isinstance(n, ast.ClassDef) and n.name == "TrainConfig")
+        rows = list(flag_rows(config))
+        presets = next(n for n in tree if isinstance(n, ast.AnnAssign) and getattr(n.target, "id", "") == "PRESETS")
+        presets = [(name, list(settings.items())) for name, settings in ast.literal_eval(presets.value).items()]
+    except OSError as e:
+        raise ReadmeError(f"{source} can't be read ({e.strerror}), and the block FLAGS comes from it") from None
+    except (SyntaxError, ValueError, TypeError, AttributeError, StopIteration):
+        raise ReadmeError(
+            f"{source}: there is no TrainConfig of flag(...) fields with PRESETS: remove the block FLAGS"
+        ) from None
     lines = [table(("Flag", "Default", "What it does"), rows), ""]
-    for name, settings in presets.items():
-        words = [word for key, value in settings.items() for word in (f"--{key}", str(value).replace("\n", r"\n"))]
+    for name, settings in presets:
+        words = [word for key, value in settings for word in (f"--{key}", str(value).replace("\n", r"\n"))]
         lines.append(f"`--preset {name}` stands for {code(shlex.join(words))}.")
     return "\n".join(lines)
 
@@ -497,15 +541,15 @@ def flag_rows(config: ast.ClassDef) -> Iterator[tuple[str, str, str]]:
 
 # Colour in the picture: its role, and what takes its place where the reader prefers a dark page.
 INK, FAINT, PAPER = "#24292f", "#d0d7de", "#ffffff"
-STEP, AVERAGE, HELD_OUT, RATE, TARGET = "#9ec5f5", "#0550ae", "#8250df", "#116329", "#bc4c00"
+STEP_LOSS, LOSS, HELD_OUT, LR, TARGET = "#9ec5f5", "#0550ae", "#8250df", "#116329", "#bc4c00"
 DARK = {
     INK: "#e6edf3",
     FAINT: "#3d444d",
     PAPER: "#0d1117",
-    STEP: "#2f5d94",
-    AVERAGE: "#79c0ff",
+    STEP_LOSS: "#2f5d94",
+    LOSS: "#79c0ff",
     HELD_OUT: "#d2a8ff",
-    RATE: "#7ee787",
+    LR: "#7ee787",
     TARGET: "#ffa657",
 }
 
@@ -514,6 +558,7 @@ def curve(run: Run) -> bytes:
     """An SVG of the losses (log scale) and the learning rate against the step; the same rows give the same bytes.
 
     It brings its own background, so that it is legible on any page, and turns dark where the reader prefers that."""
+    os.environ["MPLBACKEND"] = "svg"  # a notebook leaves the name of one that isn't there
     try:
         import matplotlib
         from matplotlib.backends.backend_svg import FigureCanvasSVG
@@ -526,51 +571,71 @@ def curve(run: Run) -> bytes:
         figure = Figure(figsize=(8, 5), facecolor=PAPER)
         FigureCanvasSVG(figure)
         # At fixed places, since measured text would move them.
-        upper = figure.add_axes((0.09, 0.36, 0.77, 0.57), facecolor=PAPER)
+        upper = figure.add_axes((0.11, 0.36, 0.75, 0.57), facecolor=PAPER)
         draw_losses(upper, run)
         if series(run, "lr")[0]:
             upper.tick_params(labelbottom=False)
-            draw_rate(figure.add_axes((0.09, 0.10, 0.77, 0.20), facecolor=PAPER, sharex=upper), run)
+            draw_lr(figure.add_axes((0.11, 0.10, 0.75, 0.20), facecolor=PAPER, sharex=upper), run)
         figure.axes[-1].set_xlabel("step", color=INK)
         out = io.BytesIO()
         figure.savefig(out, format="svg", metadata={"Date": None, "Creator": None, "Title": describe(run)})
     return with_dark_colours(out.getvalue().decode()).encode()
 
 
+TINY = 1e-30
+
+
 def series(run: Run, key: str) -> tuple[list[float], list[float]]:
     """(steps, values) of a column, as many as can be told apart in the picture."""
-    points = [(row["step"], row[key]) for row in run.rows if 0 < row.get(key, 0) < math.inf]
+    least = 0 if key == "lr" else TINY  # a loss of 0 has no place on a log scale
+    points = [(row["step"], row[key]) for row in run.rows if least <= row.get(key, -1) < 1 / TINY]
     points = [points[i] for i in thin(len(points), CURVE_POINTS)]
     return [x for x, _ in points], [y for _, y in points]
 
 
 def draw_losses(axes, run: Run) -> None:
-    average = bool(run.best("avg_loss"))
+    measure = run.measure()
     lines = {
-        "loss": ("loss (one step)" if average else "loss", STEP if average else AVERAGE),
-        "avg_loss": ("avg_loss (a full pass)", AVERAGE),
+        "loss": ("loss", LOSS) if measure == "loss" else ("loss (one step)", STEP_LOSS),
+        "avg_loss": ("avg_loss (a full pass)", LOSS),
         "val_loss": ("val_loss (held out)", HELD_OUT),
     }
+    axes.set_yscale("log")
     key = []
     for name, (label, colour) in lines.items():
         steps, values = series(run, name)
         if steps:
-            dots = {"marker": "o", "markersize": 3 if len(steps) < 50 else 0}
-            axes.plot(steps, values, color=colour, linewidth=1.6, **dots)
+            axes.plot(steps, values, color=colour, linewidth=1.6, marker=dots(steps))
             key.append((label, {"color": colour, "linewidth": 3}))
-    name = "avg_loss" if average else "loss"
-    if best := run.best(name):
-        ring = {"color": AVERAGE, "linewidth": 0, "marker": "o", "markersize": 8, "markerfacecolor": PAPER}
-        axes.plot([best["step"]], [best[name]], **ring)
-        key.append((f"best: {best[name]:.4g} at step {best['step']}", {**ring, "markevery": (1, 2)}))
-    if goal := run.target_loss():
+    if (best := run.best(measure)) and best[measure] >= TINY:
+        ring = {"color": LOSS, "linewidth": 0, "marker": "o", "markersize": 8, "markerfacecolor": PAPER}
+        axes.plot([best["step"]], [best[measure]], **ring)
+        key.append((f"best: {best[measure]:.4g} at step {best['step']}", {**ring, "markevery": (1, 2)}))
+    if (goal := run.target_loss()) >= TINY:
         axes.axhline(goal, color=TARGET, linewidth=1.2, linestyle="--")
-        axes.annotate(f"target {goal:g}", (1.01, goal), color=TARGET, va="center", xycoords=("axes fraction", "data"))
-    axes.set_yscale("log")
-    axes.yaxis.set_major_formatter(lambda value, _: f"{value:g}")
+        axes.annotate(f"target {goal:.3g}", (1.01, goal), color=TARGET, va="center", xycoords=("axes fraction", "data"))
+    ticks = round_numbers(*axes.set_ylim(axes.get_ylim()))  # set, so that no later line moves them
+    axes.set_yticks(ticks, [f"{tick:g}" for tick in ticks])
     axes.set_ylabel("loss, nats per token", color=INK)
     draw_key(axes, key)
     frame(axes)
+
+
+def dots(points: Sequence) -> str:
+    return "." if len(points) < 50 else ""
+
+
+def round_numbers(low: float, high: float) -> list[float]:
+    """Some three to nine round numbers between two, for a log scale: powers of ten, or with 2 and 5 times them, or, of
+    a narrow range, evenly spaced ones."""
+    decades = range(math.floor(math.log10(low)), math.ceil(math.log10(high)) + 1)
+    for factors in ((1,), (1, 2, 5)):
+        found = [f * 10.0**decade for decade in decades for f in factors if low <= f * 10.0**decade <= high]
+        if len(found) > 2:
+            return found[:: math.ceil(len(found) / 9)]
+    unit = 10.0 ** math.floor(math.log10((high - low) / 2))
+    multiples = range(math.ceil(low / unit), math.floor(high / unit) + 1)
+    return [float(f"{unit * i:.12g}") for i in multiples[:: math.ceil(len(multiples) / 9)]]
 
 
 def draw_key(axes, key: Sequence[tuple[str, dict]]) -> None:
@@ -579,13 +644,13 @@ def draw_key(axes, key: Sequence[tuple[str, dict]]) -> None:
     for label, look in key:
         axes.plot([x, x + 0.03], [1.05, 1.05], transform=axes.transAxes, clip_on=False, **look)
         axes.text(x + 0.045, 1.05, label, color=INK, va="center", transform=axes.transAxes)
-        x += 0.07 + 0.0125 * len(label)  # about the width of a letter
+        x += 0.066 + 0.0105 * len(label)  # about the width of a letter
 
 
-def draw_rate(axes, run: Run) -> None:
+def draw_lr(axes, run: Run) -> None:
     steps, values = series(run, "lr")
-    peak = max(values)
-    axes.plot(steps, values, color=RATE, linewidth=1.6)
+    peak = max(values) or 1.0
+    axes.plot(steps, values, color=LR, linewidth=1.6, marker=dots(steps))
     axes.set_ylim(0, 1.15 * peak)
     axes.set_yticks([0, peak], ["0", f"{peak:.1e}".replace("e-0", "e-").replace(".0e", "e")])
     axes.set_ylabel("lr", color=INK)
@@ -595,7 +660,8 @@ def draw_rate(axes, run: Run) -> None:
 def frame(axes) -> None:
     """Faint lines at the major ticks, and no box."""
     axes.grid(True, which="major", color=FAINT, linewidth=0.6)
-    axes.yaxis.set_label_coords(-0.07, 0.5)
+    axes.xaxis.get_major_locator().set_params(integer=True)
+    axes.yaxis.set_label_coords(-0.1, 0.5)
     axes.tick_params(which="both", color=FAINT, labelcolor=INK)
     axes.tick_params(which="minor", left=False, labelleft=False)
     for side, spine in axes.spines.items():
@@ -615,14 +681,16 @@ def with_dark_colours(svg: str) -> str:
 
 def describe(run: Run) -> str:
     """The picture in words: the result first."""
-    key = "avg_loss" if run.best("avg_loss") else "loss"
-    rows = [row for row in run.rows if math.isfinite(row.get(key, math.nan))]
-    if not rows:
+    key = run.measure()
+    best, first = run.best(key), next((row for row in run.rows if math.isfinite(row.get(key, math.nan))), None)
+    if not best:
         return f"Training of {run.folder}: no finite loss was logged"
-    best, final, goal = run.best(key), run.number("final_loss"), run.target_loss()
-    text = f"{key} of {run.folder} fell from {rows[0][key]:.4g} to {best[key]:.4g} at step {best['step']}"
-    if goal:
+    text = f"{key} of {run.folder} fell from {first[key]:.4g} to {best[key]:.4g} at step {best['step']}"
+    if best is first:
+        text = f"{key} of {run.folder} was lowest at step {best['step']}, {best[key]:.4g}"
+    if (goal := run.target_loss()) and key == "avg_loss":
         text += f", {'under' if best[key] < goal else 'not under'} the target of {goal:g}"
+    final = run.number("final_loss")
     return text + (f"; final_loss over the whole text is {final:.4g}" if final is not None else "")
 
 
@@ -631,22 +699,19 @@ def describe(run: Run) -> str:
 # ======================================================================================================================
 
 MARKER = re.compile(r"<!--AUTO:([A-Z]+):(START|END)-->")
-WORDS = "|".join(NAMES)
-# A comment that was surely meant as a marker: AUTO, a colon and a word; or, less exactly, one of the names and an edge.
-NEARLY = re.compile(
-    rf"""(?<!\\)<!-+\s* (?: AUTO\s*:\s*\w+\s*(?=:|-+>|$)
-                          | (?:AUTO[\s_:.-]*)? (?:{WORDS}) \s*[:_.\s-]\s* (?:START|BEGIN|END)\b ) .*? (?:-+>|$)""",
-    re.I | re.X,
-)
+COMMENT = re.compile(r"<\s*!?\s*-+(.{0,60}?)(?:-+\s*>|$)")
+EDGES = {"START": "START", "BEGIN": "START", "END": "END", "STOP": "END", "FINISH": "END"}
 CODE_SPAN = re.compile(r"(?<!`)(`+)(?!`)(.+?)(?<!`)\1(?!`)")
+RAW_HTML = re.compile(r"\s*<(pre|script|style|textarea)\b", re.I)  # what stands in such an element is no Markdown
 
 
 def find_blocks(lines: Sequence[str], path: str) -> dict[str, tuple[int, int]]:
     """{name: (index of the START line, index of the END line)}.
 
     Raises ReadmeError with every marker that is broken, as `path:line: what is wrong`."""
-    code_lines, unclosed = lines_of_code(lines)
-    found, problems = read_markers(lines, code_lines)
+    inside_code, unclosed = lines_of_code(lines)
+    found, near = read_markers(lines, inside_code)
+    problems: dict[int, str] = {}
     blocks: dict[str, tuple[int, int]] = {}
     opened: dict[str, int] = {}  # in the order in which they were opened
     for i, name, edge in found:
@@ -667,51 +732,69 @@ def find_blocks(lines: Sequence[str], path: str) -> dict[str, tuple[int, int]]:
     for name, i in opened.items():
         why = f" (the code fence of line {unclosed + 1} is never closed)" if unclosed is not None else ""
         problems.setdefault(i, f"{name} starts and never ends{why}: put <!--AUTO:{name}:END--> on a line behind it")
-    if problems:
+    # What is inside a block will be replaced, so it need not be right.
+    outside = {i: text for i, text in near.items() if not any(start < i < end for start, end in blocks.values())}
+    if problems := outside | problems:
         raise ReadmeError("\n".join(f"{path}:{i + 1}: {problems[i]}" for i in sorted(problems)))
     return blocks
 
 
 def lines_of_code(lines: Sequence[str]) -> tuple[set[int], int | None]:
-    """(indices of the lines in code fences and indented code, the line that opens a fence which nothing closes)."""
+    """(indices of the lines that are no Markdown: code fences, indented code, elements such as <pre>; the line that
+    opens a fence which nothing closes)."""
     unclosed, inside = None, set()
     for token in MarkdownIt("commonmark").disable("inline").parse("".join(lines)):
-        if token.type in ("fence", "code_block"):
+        raw = token.type == "html_block" and RAW_HTML.match(token.content)
+        if raw or token.type in ("fence", "code_block"):
             inside.update(range(*token.map))
-        if token.type == "fence" and not re.match(
-            rf"[\s>]*{token.markup}[{token.markup[0]}]*\s*$", lines[token.map[1] - 1]
-        ):
+        closing = rf"[\s>]*{token.markup}[{token.markup[:1]}]*\s*"
+        if token.type == "fence" and not re.fullmatch(closing, lines[token.map[1] - 1]):
             unclosed = token.map[0]
     return inside, unclosed
 
 
-def read_markers(lines: Sequence[str], code_lines: set[int]) -> tuple[list[tuple[int, str, str]], dict[int, str]]:
+def read_markers(lines: Sequence[str], inside_code: set[int]) -> tuple[list[tuple[int, str, str]], dict[int, str]]:
     """([(line index, name, START or END)], {line index: what is wrong with a marker}). Code is text."""
     found, problems = [], {}
     for i, line in enumerate(lines):
-        if i in code_lines or not (near := NEARLY.search(CODE_SPAN.sub("", line))):
+        if i in inside_code or "<" not in line:
             continue
         exact = MARKER.fullmatch(line.strip())
         if exact and exact[1] in NAMES:
             found.append((i, exact[1], exact[2]))
-        elif (inner := MARKER.search(line)) and inner[1] in NAMES:
-            problems[i] = f"{inner[0]} must stand alone on its line"
-        else:
-            problems[i] = f"{near[0].strip()} is no marker: {meant(near[0])}"
+            continue
+        for comment in COMMENT.finditer(CODE_SPAN.sub("", line[:10_000])):
+            known = MARKER.fullmatch(comment[0])
+            if comment.start() and comment.string[comment.start() - 1] == "\\":
+                continue  # escaped, so no comment
+            if known and known[1] in NAMES:
+                problems.setdefault(i, f"{comment[0]} must stand alone on its line")
+            elif remedy := meant(comment[1]):
+                problems.setdefault(i, f"{comment[0].strip()} is no marker: {remedy}")
     return found, problems
 
 
 def meant(text: str) -> str:
-    """What to write in place of what is nearly a marker."""
-    words = [word for word in re.findall(r"[A-Z0-9]+", text.upper()) if word != "AUTO"]
-    edge = (
-        "START"
-        if "BEGIN" in words
-        else next((w for w in words if difflib.get_close_matches(w, ("START", "END"))), "START")
-    )
-    edge = difflib.get_close_matches(edge, ("START", "END"), n=1)[0]
-    name = difflib.get_close_matches(words[0] if words else "", NAMES, n=1)
-    return f"write <!--AUTO:{name[0]}:{edge}-->" if name else f"the blocks are {', '.join(NAMES)}"
+    """What to write in place of a comment that was surely meant as a marker; "" for any other comment.
+
+    It was, if it is AUTO, some word and an edge with colons between, or if it is made of nothing but two or three words
+    that are nearly AUTO, one of the names, and an edge."""
+    words = re.findall(r"[A-Z0-9]+", text.upper())
+    kinds = {"AUTO": ["AUTO"], "name": NAMES, "edge": EDGES}
+    like = {
+        k: m[0]
+        for k, known in kinds.items()
+        for w in words
+        for m in [difflib.get_close_matches(w, known, 1, 0.74)]
+        if m
+    }
+    strict = re.fullmatch(r"\s*AUTO\s*:\s*\w+\s*:\s*(START|END)\s*", text, re.I)
+    joined = re.search(r"[:;_/.-]", text) or len(like) == 3
+    if not strict and not (2 <= len(like) == len(words) and joined):
+        return ""
+    if "name" not in like:
+        return f"the blocks are {', '.join(NAMES)}"
+    return f"write <!--AUTO:{like['name']}:{EDGES[like.get('edge', 'START')]}-->"
 
 
 # ======================================================================================================================
@@ -727,33 +810,54 @@ class Change:
     old: bytes | None
     new: bytes
 
-    def write(self) -> None:
-        """Atomically, keeping the mode of the file and the link that leads to it."""
-        path = self.path.resolve()
-        path.parent.mkdir(parents=True, exist_ok=True)
-        part = path.with_name(f".{path.name}.{os.getpid()}.part")
+    def target(self) -> Path:
+        return Path(os.path.realpath(self.path))  # through a link, which stays
+
+    def part(self) -> Path:
+        return self.target().with_name(f".{os.getpid()}.part")
+
+    def stage(self) -> None:
+        """Puts the new content on the disk, beside the file. Raises ReadmeError if that can't be done."""
         try:
-            with open(part, "wb") as f:
+            self.target().parent.mkdir(parents=True, exist_ok=True)
+            with open(self.part(), "wb") as f:
                 f.write(self.new)
                 f.flush()
                 os.fsync(f.fileno())
             if self.old is not None:
-                shutil.copymode(path, part)
-            os.replace(part, path)
+                shutil.copymode(self.target(), self.part())
         except OSError as e:
-            raise ReadmeError(f"{self.path} can't be written ({e.strerror}): it is as it was") from None
-        finally:
-            part.unlink(missing_ok=True)
+            raise ReadmeError(f"{self.path} can't be written ({e.strerror}): nothing was changed") from None
 
     def diff(self) -> str:
         if self.path.suffix == ".svg":
             return f"{self.path}: would be drawn anew\n"
-        old, new = ([f"{line}\n" for line in re.split("\r?\n", text_of(data))] for data in (self.old, self.new))
-        return "".join(difflib.unified_diff(old, new, str(self.path), f"{self.path} (updated)"))
+        old, new = (lines_of(text_of(data)) for data in (self.old, self.new))
+        lines = difflib.unified_diff(old, new, str(self.path), f"{self.path} (updated)")
+        return "".join(
+            line if line.endswith(("\n", "\r")) else f"{line}\n\\ No newline at end of file\n" for line in lines
+        )
+
+
+def write(changes: Sequence[Change]) -> None:
+    """All of the files or, if one can't be written, none of them."""
+    try:
+        for change in changes:
+            change.stage()
+        for change in changes:
+            os.replace(change.part(), change.target())
+    finally:
+        for change in changes:
+            change.part().unlink(missing_ok=True)
 
 
 def text_of(data: bytes | None) -> str:
     return (data or b"").decode("utf-8", "surrogateescape")  # bytes that aren't UTF-8 come back as they were
+
+
+def lines_of(text: str) -> list[str]:
+    """With their ends: as Markdown sees them, a bare \\r is one."""
+    return re.findall(r"[^\r\n]*(?:\r\n|\r|\n)|[^\r\n]+\Z", text)
 
 
 def plan(readme: Path, run_dir: Path, assets_dir: Path) -> tuple[list[Change], list[str]]:
@@ -763,25 +867,28 @@ def plan(readme: Path, run_dir: Path, assets_dir: Path) -> tuple[list[Change], l
     old = readme.read_bytes()
     text = text_of(old)
     bom = "\ufeff" * text.startswith("\ufeff")
-    lines = re.findall(r"[^\r\n]*(?:\r\n|\r|\n)|[^\r\n]+\Z", text.removeprefix(bom))
+    lines = lines_of(text.removeprefix(bom))
     blocks = find_blocks(lines, str(readme))
     if not blocks:
         raise ReadmeError(
             f"{readme} has no block: put <!--AUTO:SUMMARY:START--> and <!--AUTO:SUMMARY:END--> on two lines"
         )
-    run = read_run(run_dir, relative(run_dir, readme.parent))
-    changes, notes = [], run.notes
-    for name, (start, end) in sorted(
-        blocks.items(), key=lambda item: -item[1][0]
-    ):  # from the end, so that indices hold
+    run, notes = read_run(run_dir, relative(run_dir, readme.parent))
+    changes = []
+    for name, (start, end) in sorted(blocks.items(), key=lambda item: item[1], reverse=True):  # so that indices hold
         content = BLOCKS[name](run)
         if name == "CURVE" and run.rows:
             path = assets_dir / "curve.svg"
             changes.append(Change(path, path.read_bytes() if path.exists() else None, curve(run)))
-            link = Path(os.path.relpath(path, readme.parent)).as_posix()
-            content = f"![{plain(describe(run))}]({urllib.parse.quote(link)})"
-        newline = "\r\n" if lines[start].endswith("\r\n") else lines[start][-1]
-        lines[start + 1 : end] = [line + newline for line in ("", *content.split("\n"), "")]
+            link = urllib.parse.quote(os.fsencode(relative(path, readme.parent)))
+            content = f"![{plain(describe(run))}]({link})"
+        # As far to the right as the marker, so that it stays in the same list item.
+        indent, newline = re.match(r"([ \t]*).*?([\r\n]+)\Z", lines[start]).groups()
+        lines[start + 1 : end] = [
+            (indent + line).rstrip(" \t" if not line else "") + newline for line in ("", *content.split("\n"), "")
+        ]
+    if find_blocks(lines, str(readme)).keys() != blocks.keys():
+        raise ReadmeError(f"{readme}: a block can't stand where it does: put its markers at the start of their lines")
     changes.append(Change(readme, old, (bom + "".join(lines)).encode("utf-8", "surrogateescape")))
     if lacking := [name for name in BLOCKS if name not in blocks]:
         notes.append(f"{readme} has no block {', '.join(lacking)}: left alone")
@@ -800,9 +907,11 @@ BLOCKS: dict[str, Callable[[Run], str]] = {
 
 
 def relative(path: Path, base: Path) -> str:
-    """The path seen from `base`, or as it was given where it lies outside."""
-    seen = Path(os.path.relpath(path, base))
-    return path.as_posix() if ".." in seen.parts or not seen.name else seen.as_posix()
+    """The path seen from `base`, so that it doesn't matter from where the program is called."""
+    try:
+        return Path(os.path.relpath(path, base)).as_posix()
+    except ValueError:  # two drives of Windows
+        return path.as_posix()
 
 
 # ======================================================================================================================
@@ -811,10 +920,10 @@ def relative(path: Path, base: Path) -> str:
 
 
 def build_parser() -> argparse.ArgumentParser:
-    summary, usage = __doc__.split("\n\n")[:2]
+    about, examples = (__doc__ or "\n\n").split("\n\n")[:2]
     style = argparse.RawDescriptionHelpFormatter
     parser = argparse.ArgumentParser(
-        "update_readme.py", None, summary, usage, formatter_class=style, allow_abbrev=False
+        prog="update_readme.py", description=about, epilog=examples, formatter_class=style, allow_abbrev=False
     )
     parser.add_argument("--run_dir", type=Path, default=Path("out"), help="run directory (default: out)")
     parser.add_argument(
@@ -829,30 +938,34 @@ def build_parser() -> argparse.ArgumentParser:
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs the command line and returns the exit code; faults are one sentence each, on stderr."""
     args = build_parser().parse_args(argv)
-    for stream in (sys.stdout, sys.stderr):
-        stream.reconfigure(errors="backslashreplace")  # a terminal may lack characters that the run has
-    if not args.readme.is_file():
-        print(f"update_readme.py: {args.readme} isn't a file: name one with --readme", file=sys.stderr)
-        return 2
     try:
+        if not args.readme.is_file():
+            return say(f"update_readme.py: {args.readme} isn't a file: name one with --readme", to=sys.stderr) or 2
         changes, notes = plan(args.readme, args.run_dir, args.assets_dir or args.readme.parent / "assets")
         stale = [change for change in changes if change.old != change.new]
         if not (args.check or args.diff):
-            for change in stale:
-                change.write()
+            write(stale)
     except ReadmeError as e:
-        print(e, file=sys.stderr)
-        return 1
+        return say(str(e), to=sys.stderr) or 1
     except OSError as e:
-        print(f"update_readme.py: {e.strerror or e} ({e.filename or 'no file named'})", file=sys.stderr)
-        return 1
-    remedy = f"is stale: python update_readme.py --run_dir {args.run_dir} brings it up to date"
+        return say(f"update_readme.py: {e.strerror or e} ({e.filename or 'no file named'})", to=sys.stderr) or 1
+    again = ["python", "update_readme.py", "--run_dir", args.run_dir, "--readme", args.readme]
+    again += ["--assets_dir", args.assets_dir] if args.assets_dir else []
+    remedy = f"is stale: {shlex.join(map(str, again))} brings it up to date"
     done = remedy if args.check else "would change" if args.diff else "written"
     notes += [f"{change.path}: {done if change in stale else 'already up to date'}" for change in changes]
-    print(*notes, sep="\n", file=sys.stderr if args.diff else sys.stdout)
+    say("\n".join(notes), to=sys.stderr if args.diff else sys.stdout)
     if args.diff:
-        print(*(change.diff() for change in stale), sep="", end="")
+        say("".join(change.diff() for change in stale).removesuffix("\n"), to=sys.stdout)
     return 5 if args.check and stale else 0
+
+
+def say(text: str, to) -> None:
+    """Prints, if there is anything to print to; characters that the terminal lacks are shown by their numbers."""
+    if to and text:
+        with contextlib.suppress(OSError):
+            encoding = getattr(to, "encoding", None) or "utf-8"
+            print(text.encode(encoding, "backslashreplace").decode(encoding), file=to, flush=True)
 
 
 if __name__ == "__main__":
