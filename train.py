@@ -14,6 +14,7 @@ start faster the next time, token ids in the user's cache folder:
     OUT/logs/train_metrics.csv   a row each time the log has a step
     OUT/samples/samples.txt      text that the model wrote on the way
     OUT/checkpoints/last.pt      everything that `--resume` needs
+    OUT/checkpoints/previous.pt  the last.pt before it, should the new one be damaged
     OUT/checkpoints/best.pt      the weights at the lowest avg_loss
 
 Exit codes: 0 ended as asked, 1 a fault while running, 2 unusable flags or input, 130 / 143 stopped by SIGINT / SIGTERM
@@ -27,6 +28,7 @@ import contextlib
 import ctypes
 import dataclasses
 import difflib
+import errno
 import hashlib
 import importlib.metadata
 import importlib.util
@@ -38,9 +40,11 @@ import platform
 import random
 import re
 import shlex
+import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
 import urllib.request
 import warnings
@@ -72,6 +76,10 @@ class UsageError(Exception):
 
 class RunError(Exception):
     """A fault while running: exit code 1."""
+
+
+class DamagedError(RunError):
+    """A checkpoint that isn't whole."""
 
 
 # ======================================================================================================================
@@ -120,6 +128,7 @@ class TrainConfig:
 
     log_every: int = flag(10, "steps between log lines", "Output", least=1)
     save_every: int | None = flag(None, "steps between checkpoints (default: a tenth of steps, at most 1000)", least=1)
+    save_minutes: float = flag(15.0, "minutes after which last.pt is saved in any case (0: by steps alone)", least=0)
     sample_every: int | None = flag(None, "steps between samples (default: as save_every)", least=1)
     prompt: str = flag("BIANCA:\n", r"first prompt; \n is a line break")
     num_prompts: int = flag(2, "prompts in a sample: the first, and others drawn from the text", least=0)
@@ -130,6 +139,7 @@ class TrainConfig:
     device: str = flag("auto", "auto: CUDA, else MPS, else CPU", "Machine", choices=("auto", "cpu", "cuda", "mps"))
     amp: str = flag("auto", "mixed precision: auto explains its choice", choices=("auto", "fp16", "bf16", "off"))
     compile: bool = flag(False, "torch.compile: slower to start, then faster")
+    deterministic: bool = flag(False, "only kernels that give the same bits each time; slower on CUDA")
 
     def validate(self, unreadable: Sequence[str] = ()) -> None:
         """Raises UsageError with every problem of the settings at once, each with its remedy. Rules that compare
@@ -660,6 +670,15 @@ class Runtime:
             return f"cuda ({torch.cuda.get_device_name(self.device)})"
         return f"{self.device.type} ({platform.processor() or platform.machine()}, {torch.get_num_threads()} threads)"
 
+    def describe(self) -> dict[str, str | int]:
+        """All that the bits of a result depend on beside the configuration."""
+        return {
+            "device": self.describe_device(),
+            "precision": self.describe_precision(),
+            "processes": self.world_size,
+            "torch": str(torch.__version__),
+        }
+
     def describe_precision(self) -> str:
         if self.amp_dtype is None:
             return "fp32"
@@ -738,6 +757,9 @@ def pick_precision(amp: str, device: torch.device) -> tuple[torch.dtype | None, 
 
 def start_runtime(config: TrainConfig) -> Runtime:
     """Picks device and precision, joins the other processes where torchrun started several."""
+    if config.deterministic:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS reads it when CUDA starts
+    torch.use_deterministic_algorithms(config.deterministic)
     device = pick_device(config.device)
     amp_dtype, reason = pick_precision(config.amp, device)
     scaler = torch.amp.GradScaler(device.type) if amp_dtype == torch.float16 else None
@@ -751,15 +773,6 @@ def start_runtime(config: TrainConfig) -> Runtime:
         dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
         runtime.rank, runtime.world_size = dist.get_rank(), dist.get_world_size()
     return runtime
-
-
-def keep_heap() -> None:
-    """Has glibc keep freed memory. By default it gives each step's activations back to the kernel, which then zeroes
-    the same pages again for the next step: a third of the time on a CPU."""
-    if platform.libc_ver()[0] == "glibc":
-        mallopt = ctypes.CDLL(None).mallopt
-        mallopt(-4, 0)  # M_MMAP_MAX: no mapping of its own for a large tensor
-        mallopt(-1, -1)  # M_TRIM_THRESHOLD: never shrink the heap
 
 
 @torch.no_grad()
@@ -837,6 +850,59 @@ def build_scheduler(optimizer: torch.optim.Optimizer, config: TrainConfig, step:
 
 
 # ======================================================================================================================
+# Operating systems: where they differ, and nowhere else
+# ======================================================================================================================
+
+WINDOWS = os.name == "nt"
+STOP_SIGNALS = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGBREAK") if hasattr(signal, name)]
+
+
+def keep_heap() -> None:
+    """Has glibc keep freed memory. By default it gives each step's activations back to the kernel, which then zeroes
+    the same pages again for the next step: a third of the time on a CPU."""
+    if platform.libc_ver()[0] == "glibc":
+        mallopt = ctypes.CDLL(None).mallopt
+        mallopt(-4, 0)  # M_MMAP_MAX: no mapping of its own for a large tensor
+        mallopt(-1, -1)  # M_TRIM_THRESHOLD: never shrink the heap
+
+
+def sync_folder(folder: Path) -> None:
+    """Has a new name in a folder reach the disk. Windows can't open a folder, and writes names by itself."""
+    if not WINDOWS:
+        handle = os.open(folder, os.O_RDONLY)
+        try:
+            os.fsync(handle)
+        finally:
+            os.close(handle)
+
+
+def replace(source: Path, target: Path) -> None:
+    """os.replace. On Windows it fails while another program, such as a virus scanner, has the target open."""
+    for patience in (0.1, 0.3, 1.0, 3.0) if WINDOWS else ():
+        try:
+            return os.replace(source, target)
+        except PermissionError:
+            time.sleep(patience)
+    os.replace(source, target)
+
+
+def lock_file(file) -> None:
+    """Takes the lock on an open file, which ends with this process however that ends. Raises OSError if it is taken.
+
+    Not flock: a forked helper, such as torch.compile's, would hold it on when this process is dead."""
+    if WINDOWS:
+        import msvcrt
+
+        file.seek(1 << 30)  # far behind the text, which others may then read
+        msvcrt.locking(file.fileno(), msvcrt.LK_NBLCK, 1)
+        file.seek(0)
+    else:
+        import fcntl
+
+        fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+
+
+# ======================================================================================================================
 # Run directory: log, CSV, samples, run.json, checkpoints
 # ======================================================================================================================
 
@@ -844,27 +910,38 @@ CSV_FIELDS = ["step", "epoch", "tokens", "loss", "avg_loss", "best_loss", "lr", 
 RULE = "=" * 80
 ENDINGS = ("target reached", "steps done")  # of a run that has nothing more to do
 CHECKPOINT_FORMAT = 1  # raised when an older program couldn't read a newer file
+WEIGHTS = ("format", "model", "model_config", "config", "step", "loss", "tokenizer", "corpus_sha256")  # of best.pt
 
 
 @contextlib.contextmanager
-def atomic_write(path: Path):
-    """A binary file that takes the place of `path` when it is whole and on the disk, and never before."""
+def atomic_write(path: Path, previous: Path | None = None):
+    """A binary file that takes the place of `path` when it is whole and on the disk, and never before. The file that
+    stood there is kept as `previous`."""
     part = path.with_name(f"{path.name}.{os.environ.get('RANK', 0)}.part")  # several processes may fetch the same file
     try:
         with open(part, "wb") as f:  # not NamedTemporaryFile: its mode 0600 would outlive the rename
             yield f
             f.flush()
             os.fsync(f.fileno())
-        os.replace(part, path)
+        if previous and path.exists():
+            keep_as(path, previous)
+        replace(part, path)
     except BaseException:
         part.unlink(missing_ok=True)
         raise
-    if os.name == "posix":  # the new name must reach the disk too; Windows can't open a folder
-        folder = os.open(path.parent, os.O_RDONLY)
-        try:
-            os.fsync(folder)
-        finally:
-            os.close(folder)
+    sync_folder(path.parent)
+
+
+def keep_as(path: Path, previous: Path) -> None:
+    """Gives a file a second name, under which it stays when another takes its place: no moment is without a `path`."""
+    part = previous.with_name(f"{previous.name}.part")
+    try:
+        part.unlink(missing_ok=True)
+        os.link(path, part)
+        replace(part, previous)
+        part.unlink(missing_ok=True)  # a rename between two names of one file does nothing
+    except OSError:  # a file system without links: for a moment there is only `previous`, which resuming finds too
+        replace(path, previous)
 
 
 class RunDirectory:
@@ -876,11 +953,15 @@ class RunDirectory:
         self.metrics = self.root / "logs" / "train_metrics.csv"
         self.samples = self.root / "samples" / "samples.txt"
         self.last = self.root / "checkpoints" / "last.pt"
+        self.previous = self.root / "checkpoints" / "previous.pt"
+        self.aside = self.root / "checkpoints" / "aside.pt"  # a last.pt that a run went back behind
         self.best = self.root / "checkpoints" / "best.pt"
         self.record = self.root / "run.json"
+        self.unwritten: dict[Path, str] = {}  # rows and samples that the disk had no room for
 
     def files(self) -> list[Path]:
-        return [self.log_file, self.metrics, self.samples, self.last, self.best, self.record]
+        checkpoints = [self.last, self.previous, self.aside, self.best]
+        return [self.log_file, self.metrics, self.samples, *checkpoints, self.record]
 
     def holds_a_run(self) -> bool:
         return any(os.path.exists(path) for path in self.files())  # unlike Path.exists, False for an impossible name
@@ -900,24 +981,73 @@ class RunDirectory:
                 return [f"out_dir {str(self.root)[:80]} can't be used ({e.strerror}): choose another --out_dir"]
         return []
 
+    @contextlib.contextmanager
+    def lock(self):
+        """Held while a run writes here. Raises UsageError if another one does; a dead process holds no lock."""
+        self.root.mkdir(parents=True, exist_ok=True)
+        with open(self.root / "lock", "a+", encoding="utf-8") as f:
+            try:
+                lock_file(f)
+            except OSError as e:
+                if e.errno in (errno.EACCES, errno.EAGAIN, errno.EDEADLK):  # else: a drive that knows no locks
+                    f.seek(0)
+                    raise UsageError(
+                        f"out_dir {self.root} is in use by another run (process {f.read() or 'unknown'}): wait for it,"
+                        " stop it, or choose another --out_dir"
+                    ) from None
+            f.truncate(0)
+            f.write(str(os.getpid()))
+            f.flush()
+            yield
+
+    def check_space(self, parameters: int) -> None:
+        """Raises RunError unless two checkpoints fit beside each other, which writing one while keeping one takes."""
+        needed = 28 * parameters  # bytes: twice weights and AdamW's two averages, and the weights of best.pt, in fp32
+        mine = sum(path.stat().st_size for path in (self.last, self.previous, self.best) if path.exists())
+        if (free := shutil.disk_usage(self.root).free + mine) < needed:
+            raise RunError(
+                f"out_dir {self.root} has {free / 1e9:.1f} GB free for checkpoints, and two of them with best.pt take"
+                f" {needed / 1e9:.1f} GB: make room, or choose an --out_dir on another disk"
+            )
+
     def can_go_on(self, resume: str) -> bool:
         """Does `--resume` continue the run in here? auto also begins anew a run that left no checkpoint yet."""
         if resume == "auto":
-            return self.last.exists() or self.read_record().get("ended") not in ENDINGS
+            saved = self.last.exists() or self.previous.exists()
+            return saved or self.read_record().get("ended") not in ENDINGS
         return bool(resume) and Path(resume).resolve().parent == self.last.resolve().parent
 
-    def checkpoint_to_resume(self, resume: str) -> Path | None:
-        """The file that `--resume` means; None where there is nothing to go on from."""
-        if resume == "auto":
-            return self.last if self.last.exists() else None
-        return Path(resume) if resume else None
+    def load(self, resume: str, lazy: bool = False) -> tuple[Path, dict, str] | None:
+        """(path, content, what is wrong with a newer one) of the checkpoint that `--resume` means; None where there is
+        nothing to go on from. auto takes previous.pt where last.pt is damaged or missing.
 
-    def prepare(self, overwrite: bool, resumed: bool) -> None:
-        """Makes the folders; with `overwrite`, removes an earlier run's files and nothing else."""
-        for path in self.files():
-            path.parent.mkdir(parents=True, exist_ok=True)
-            if overwrite or (path == self.best and not resumed):
-                path.unlink(missing_ok=True)
+        Raises RunError for a checkpoint that is named but can't be read, or if none in here can."""
+        if resume != "auto":
+            return (Path(resume), load_checkpoint(resume, lazy), "") if resume else None
+        problem = None
+        for path in (self.last, self.previous):
+            try:
+                if path.exists():
+                    return path, load_checkpoint(path, lazy), str(problem or "")
+            except DamagedError as e:
+                problem = problem or e
+        if problem:
+            raise problem
+        return None
+
+    def prepare(self, overwrite: bool, path: Path | None) -> None:
+        """Makes the folders and removes what a killed run left half written; with `overwrite`, also an earlier run's
+        files and nothing else. The checkpoint that is resumed becomes last.pt if it is previous.pt."""
+        for file in self.files():
+            file.parent.mkdir(parents=True, exist_ok=True)
+            if overwrite or (file == self.best and not path):
+                file.unlink(missing_ok=True)
+        for part in (*self.root.glob("*.part"), *self.root.glob("*/*.part")):
+            part.unlink(missing_ok=True)
+        if path and path.resolve() == self.previous.resolve():
+            if self.last.exists():
+                replace(self.last, self.aside)
+            replace(self.previous, self.last)
 
     def rewind(self, step: int) -> tuple[int, int]:
         """Drops rows and samples past a step, which the run makes again from there, and torn rows. Returns the steps of
@@ -937,16 +1067,31 @@ class RunDirectory:
         return int(rows[-1][0]) if rows else -1, blocks[-1][0] if blocks else -1
 
     def write_row(self, row: dict) -> None:
-        new = not self.metrics.exists()
+        new = not self.metrics.exists() and self.metrics not in self.unwritten
         cells = [f"{row[k]:.10g}" if isinstance(row[k], float) else str(row[k]) for k in CSV_FIELDS]
-        with open(self.metrics, "a", encoding="utf-8", newline="\n") as f:
-            f.write((",".join(CSV_FIELDS) + "\n" if new else "") + ",".join(cells) + "\n")
+        self.append(self.metrics, (",".join(CSV_FIELDS) + "\n" if new else "") + ",".join(cells) + "\n")
 
     def write_samples(self, step: int, texts: Sequence[tuple[str, str]]) -> None:
         """Appends a block; texts are pairs of (prompt, what the model wrote after it)."""
         parts = [f"{RULE}\nSTEP {step}\n"] + [f"PROMPT:\n{p.rstrip()}\nOUTPUT:\n{o.rstrip()}\n" for p, o in texts]
-        with open(self.samples, "a", encoding="utf-8", newline="\n") as f:
-            f.write("\n".join(parts) + "\n")
+        self.append(self.samples, "\n".join(parts) + "\n")
+
+    def append(self, path: Path, text: str = "") -> None:
+        """Writes the text, and what couldn't be written before it, whole or not at all. Raises OSError; the text is
+        kept then, and written with the next one."""
+        self.unwritten[path] = self.unwritten.get(path, "") + text
+        data = self.unwritten[path].encode("utf-8", "replace")
+        with open(path, "ab", buffering=0) as f:
+            end = os.fstat(f.fileno()).st_size
+            if f.write(data) < len(data):
+                f.truncate(end)
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path))
+        del self.unwritten[path]
+
+    def catch_up(self) -> None:
+        """Writes what couldn't be written before. Raises OSError if it still can't."""
+        for path in list(self.unwritten):
+            self.append(path)
 
     def write_record(self, record: dict) -> None:
         with atomic_write(self.record) as f:
@@ -996,13 +1141,16 @@ def open_log(run_dir: RunDirectory, enabled: bool):
         file.close()
 
 
-def save_checkpoint(path: Path, content: dict) -> None:
+def save_checkpoint(path: Path, content: dict, previous: Path | None = None) -> None:
     """Writes plain dicts and tensors atomically. Raises RunError when it can't; the file before it stays intact."""
     try:
-        with atomic_write(path) as f:
+        with atomic_write(path, previous) as f:
             torch.save(content, f)
     except (OSError, RuntimeError) as e:  # torch hides a failed write behind a RuntimeError
         cause = e if isinstance(e, OSError) else e.__context__
+        if getattr(cause, "errno", 0) == errno.ENOSPC and previous and previous.exists() and path.exists():
+            previous.unlink()  # of two old files, one makes room for the new one
+            return save_checkpoint(path, content, previous)
         reason = getattr(cause, "strerror", None) or str(e).splitlines()[0]
         kept = "the one before it is intact" if path.exists() else "there is none before it"
         raise RunError(f"checkpoint {path} can't be written ({reason}): {kept}; make room for it, then resume") from e
@@ -1014,19 +1162,19 @@ def load_checkpoint(path: str | Path, lazy: bool = False) -> dict:
 
     Raises RunError for a file that is missing, damaged, or of another program or a newer version."""
     try:
-        if not lazy:
-            with zipfile.ZipFile(path) as archive:
-                if damaged := archive.testzip():  # the CRC-32 of each member, which torch itself doesn't look at
-                    raise ValueError(damaged)
+        with zipfile.ZipFile(path) as archive:
+            for member in archive.infolist():
+                if not lazy or member.file_size < 1 << 20:
+                    check_member(archive, member)
         content = torch.load(path, map_location="cpu", weights_only=True, mmap=lazy)
     except FileNotFoundError:
         raise RunError(f"checkpoint {path} doesn't exist: check the path") from None
     except OSError as e:
         raise RunError(f"checkpoint {path} can't be read ({e.strerror}): check its permissions") from None
     except Exception as e:  # arbitrary bytes make torch's reader raise almost anything
-        raise RunError(
-            f"checkpoint {path} is damaged or isn't a checkpoint ({type(e).__name__}): best.pt beside it may serve for"
-            " sampling; to start anew, use --overwrite"
+        raise DamagedError(
+            f"checkpoint {path} is damaged or isn't a checkpoint ({type(e).__name__}): resume from the previous.pt"
+            " beside it, sample from its best.pt, or start anew with --overwrite"
         ) from None
     known = isinstance(content, dict) and {"format", "model", "config", "step"} <= content.keys()
     if not (known and isinstance(content["format"], int) and isinstance(content["config"], dict)):
@@ -1034,6 +1182,116 @@ def load_checkpoint(path: str | Path, lazy: bool = False) -> dict:
     if content["format"] > CHECKPOINT_FORMAT:
         raise RunError(f"checkpoint {path} is of a newer version of train.py: update this one")
     return content
+
+
+def check_member(archive: zipfile.ZipFile, member: zipfile.ZipInfo) -> None:
+    """Reads one file of a checkpoint to its end, where zipfile compares its CRC-32; torch itself doesn't look at it."""
+    with archive.open(member) as f:
+        while f.read(1 << 22):
+            pass
+
+
+class CheckpointWriter:
+    """Writes checkpoints while training goes on: save() copies the tensors, a thread does the rest.
+
+    One write is in flight at most. The copies stay for the next save: they take as much memory as last.pt is large, 12
+    bytes a parameter. A write that fails is logged at once and leaves the old files; the next save tries anew."""
+
+    def __init__(self, run_dir: RunDirectory, log: logging.Logger, device: torch.device, best: float):
+        self.run_dir, self.log, self.device = run_dir, log, device
+        self.best = best  # the avg_loss that best.pt on the disk has
+        self.failure: RunError | None = None  # of the last write
+        self.thread: threading.Thread | None = None
+        self.buffers: dict[tuple, torch.Tensor] = {}
+        self.stream = torch.cuda.Stream() if device.type == "cuda" else None
+        self.copied: torch.cuda.Event | None = None
+
+    def save(self, state: dict, best: float | None) -> None:
+        """Returns when `state` may change again. `best`: its avg_loss, if its weights are to be best.pt too."""
+        self.wait()
+        self.failure = None
+        try:
+            self.run_dir.catch_up()  # a checkpoint must not come before its rows
+        except OSError as e:
+            return self.fail(e)
+        if self.stream:  # the copy starts when the last step is done, and runs beside the next one's forward pass
+            self.stream.wait_stream(torch.cuda.current_stream())
+            with torch.cuda.stream(self.stream):
+                state = self.snapshot(state)
+                self.copied = self.stream.record_event()
+        else:
+            state = self.snapshot(state)
+        self.thread = threading.Thread(target=self.write, args=(state, best), name="checkpoint writer")
+        self.thread.start()
+
+    def snapshot(self, content):
+        """A copy in the host's memory. Large tensors have a buffer each, used again; tied ones share it."""
+        if isinstance(content, dict):
+            return {key: self.snapshot(value) for key, value in content.items()}
+        if isinstance(content, list | tuple):
+            return type(content)(self.snapshot(value) for value in content)
+        if not isinstance(content, torch.Tensor):
+            return content
+        if content.numel() < 1 << 18:
+            return content.detach().cpu().clone()
+        key = (content.data_ptr(), content.shape, content.dtype)
+        if key not in self.buffers:
+            self.buffers[key] = torch.empty_like(content, device="cpu", pin_memory=content.is_cuda)
+        # On MPS a copy that doesn't block has corrupted data (pytorch 139550).
+        return self.buffers[key].copy_(content.detach(), non_blocking=content.is_cuda)
+
+    def hold_update(self, *_) -> None:
+        """Before the optimizer changes the weights: on CUDA, its kernels wait for the copy."""
+        if self.copied:
+            torch.cuda.current_stream().wait_event(self.copied)
+
+    def write(self, state: dict, best: float | None) -> None:
+        """In the thread. Rows and samples reach the disk before the checkpoint that comes after them."""
+        try:
+            if self.copied:
+                self.copied.synchronize()
+            for path in (self.run_dir.metrics, self.run_dir.samples):
+                if path.exists():
+                    with open(path, "rb+") as f:
+                        os.fsync(f.fileno())
+            if best is not None:
+                save_checkpoint(self.run_dir.best, {key: state[key] for key in WEIGHTS})
+            save_checkpoint(self.run_dir.last, state, self.run_dir.previous)
+            self.failure, self.best = None, self.best if best is None else best
+        except (OSError, RunError) as e:
+            self.fail(e)
+
+    def fail(self, e: OSError | RunError) -> None:
+        """Says it at once, and leaves it to the next save to try again."""
+        self.failure = e if isinstance(e, RunError) else RunError(f"{e.filename} can't be written ({e.strerror})")
+        self.log.warning(f"{self.failure}. Training goes on, and the next save tries again")
+
+    def append(self, write: Callable, *args) -> None:
+        """Writes a row or a sample; one that can't be written is kept in memory, and comes with the next."""
+        complained = bool(self.run_dir.unwritten)
+        try:
+            write(*args)
+        except OSError as e:
+            if not complained:
+                self.log.warning(f"{e.filename} can't be written ({e.strerror}): what is missing is kept in memory")
+
+    def wait(self) -> None:
+        """Until the write in flight is over."""
+        if self.thread:
+            self.thread.join()
+            self.thread = None
+
+    def check(self) -> None:
+        """Raises RunError if a write failed and no checkpoint was ever written: going on would be in vain."""
+        if self.failure and not self.run_dir.last.exists():
+            raise self.failure
+
+    def finish(self) -> None:
+        """The end of the run: raises RunError if something of it isn't on the disk."""
+        self.wait()
+        self.run_dir.catch_up()
+        if self.failure:
+            raise self.failure
 
 
 def git_commit() -> str | None:
@@ -1091,6 +1349,8 @@ class Trainer:
         self.step, self.seconds = 0, 0.0  # done by earlier starts of this run
         self.best_loss = self.best_saved = math.inf  # the lowest avg_loss seen, and the one that best.pt holds
         self.next_proof = 0  # the step before which a failed proof isn't tried again
+        self.skipped = torch.zeros((), device=runtime.device)  # updates that the loss scaler left out
+        self.notes: list[str] = []  # what a resumed run should know, for the log
         self.step_loss, self.grad_norm, self.lr = torch.tensor(0.0), torch.tensor(0.0), 0.0  # of the last step
 
     def wrap_model(self) -> nn.Module:
@@ -1140,8 +1400,9 @@ class Trainer:
         self.grad_norm = nn.utils.clip_grad_norm_(self.model.parameters(), self.config.clip_grad or math.inf)
         self.lr = optimizer.param_groups[0]["lr"]
         if scaler:
-            scaler.step(optimizer)
+            scaler.step(optimizer)  # does nothing where a gradient isn't finite
             scaler.update()
+            self.skipped += ~torch.isfinite(self.grad_norm)
         else:
             optimizer.step()
         optimizer.zero_grad(set_to_none=True)
@@ -1266,7 +1527,9 @@ class Trainer:
             "best_loss": self.best_loss,
             "best_saved": self.best_saved,
             "next_proof": self.next_proof,
+            "skipped": self.skipped.item(),
             "seconds": self.seconds,
+            "made_on": self.runtime.describe(),
         }
 
     def load_state_dict(self, state: dict) -> None:
@@ -1286,12 +1549,30 @@ class Trainer:
         self.step, self.seconds = state["step"], state["seconds"]
         self.best_loss, self.best_saved = state["best_loss"], state["best_saved"]
         self.next_proof, last = state["next_proof"], state["last_step"]
+        self.skipped.fill_(state["skipped"])
         self.step_loss, self.grad_norm = torch.tensor(last["loss"]), torch.tensor(last["grad_norm"])
         self.lr = last["lr"]
         if self.step < self.config.steps:
             self.scheduler = build_scheduler(self.optimizer, self.config, self.step)
         if self.runtime.rank < len(state["rng"]):
             set_rng_state(state["rng"][self.runtime.rank], self.runtime.device)
+        self.note_changes(state)
+
+    def note_changes(self, state: dict) -> None:
+        """Says what is no longer as it was when `state` was taken: settings, the learning rate, the machine."""
+        passing = {"preset", "out_dir", "resume", "overwrite", "input_file", "cache_dir"}
+        saved, given = state["config"], dataclasses.asdict(self.given)
+        there, here = state["made_on"], self.runtime.describe()
+        settings = [f"{k} {saved[k]} -> {given[k]}" for k in saved.keys() & given if saved[k] != given[k]]
+        settings = [text for text in sorted(settings) if text.split()[0] not in passing]
+        machine = [f"{k} {there.get(k)} -> {here[k]}" for k in here if there.get(k) != here[k]]
+        before, after = (o["param_groups"][0]["lr"] for o in (state["optimizer"], self.optimizer.state_dict()))
+        if settings:
+            self.notes.append(f"Changed since the checkpoint: {', '.join(settings)}")
+        if self.step < self.config.steps and before != after:
+            self.notes.append(f"Learning rate of step {self.step + 1}: {after:.6e} (it was to be {before:.6e})")
+        if machine:
+            self.notes.append(f"Not bit for bit the run that never stopped, since this differs: {', '.join(machine)}")
 
     def check_same_run(self, state: dict) -> None:
         """Raises UsageError with every setting that makes this another run than the checkpoint's."""
@@ -1312,15 +1593,24 @@ class Trainer:
             raise UsageError(*problems)
 
 
-def rng_state(device: torch.device) -> dict[str, torch.Tensor]:
-    """States of the generators that training draws from, which only dropout does after the start."""
-    state = {"cpu": torch.get_rng_state()}
+def rng_state(device: torch.device) -> dict:
+    """States of all random generators, in plain types. After the start, only dropout draws from one: torch's."""
+    name, keys, *rest = np.random.get_state()
+    version, internal, gauss = random.getstate()
+    state = {
+        "python": [version, list(internal), gauss],
+        "numpy": [name, keys.tolist(), *rest],
+        "cpu": torch.get_rng_state(),
+    }
     if device.type != "cpu":
         state[device.type] = getattr(torch, device.type).get_rng_state()
     return state
 
 
-def set_rng_state(state: dict[str, torch.Tensor], device: torch.device) -> None:
+def set_rng_state(state: dict, device: torch.device) -> None:
+    version, internal, gauss = state["python"]
+    random.setstate((version, tuple(internal), gauss))
+    np.random.set_state(tuple(state["numpy"]))
     torch.set_rng_state(state["cpu"])
     if device.type in state and device.type != "cpu":
         getattr(torch, device.type).set_rng_state(state[device.type])
@@ -1331,15 +1621,15 @@ class Stopped(Exception):
 
 
 class StopSignals:
-    """While entered, SIGINT and SIGTERM only set `signum`, which the loop polls. A second one ends the process at once;
-    every file is whole at every moment, so that hurts nothing."""
+    """While entered, SIGINT and SIGTERM (on Windows also SIGBREAK) only set `signum`, which the loop polls. A second
+    one ends the process at once; every file is whole at every moment, so that hurts nothing."""
 
     def __init__(self):
         self.signum = 0
         self.previous = {}
 
     def __enter__(self):
-        for signum in (signal.SIGINT, signal.SIGTERM):
+        for signum in STOP_SIGNALS:
             with contextlib.suppress(ValueError):  # only the main thread may handle signals
                 self.previous[signum] = signal.signal(signum, self.handle)
         return self
@@ -1365,12 +1655,15 @@ class Loop:
         self.alone, self.main = trainer.runtime.world_size == 1, trainer.runtime.rank == 0
         self.poll = stop.poll if self.alone else lambda: None  # of several processes, none may leave by itself
         self.reads_each_step = trainer.runtime.device.type == "cpu"  # there, a result is there at once
+        self.writer = CheckpointWriter(run_dir, log, trainer.runtime.device, trainer.best_saved)
+        trainer.optimizer.register_step_pre_hook(self.writer.hold_update)
         self.started_at = self.saved_step = trainer.step
         self.logged_step = self.sampled_step = -1
         self.final_loss: float | None = None
         self.seconds_at_target: float | None = None
         self.start_time, self.clock_start = now(), time.monotonic() - trainer.seconds
         self.window_start, self.window_tokens = time.monotonic(), trainer.tokens()
+        self.saved_at = time.monotonic()
 
     def seconds(self) -> float:
         """Time of this run so far, earlier starts included."""
@@ -1399,6 +1692,8 @@ class Loop:
             with contextlib.suppress(OSError):  # the disk may be what failed
                 self.write_record(ended)
             raise
+        finally:
+            self.writer.wait()
         return self.write_record(ended)
 
     def has_ended(self) -> str:
@@ -1436,10 +1731,14 @@ class Loop:
                 self.log_step(row)
             if self.target_proven(row["avg_loss"]):
                 return "target reached"
-        if self.stop_requested(read_now):
+        self.writer.check()
+        stop, late = self.asked(read_now)
+        if stop:
             return "interrupted"
         if t.step % config.save_every == 0:
             self.save()
+        elif late:
+            self.save(best=False)
         if t.step >= config.steps:
             return "steps done"
         if t.step % config.sample_every == 0:
@@ -1457,22 +1756,28 @@ class Loop:
 
     def finish(self, ended: str) -> str:
         """Last checkpoint, row, proof and sample, in the order of what would be missed most."""
-        self.save()
+        self.save(best=ended != "interrupted")
         if ended != "interrupted":
             self.log_step(self.trainer.measure())
             if self.final_loss is None and self.trainer.seen_all():
                 self.prove()
             self.write_samples()
+        self.writer.finish()
         self.summarize(ended)
         return ended
 
-    def stop_requested(self, waiting: bool) -> bool:
-        """Did a signal come? Several processes agree on it, but only where they wait for each other anyway."""
-        if not self.alone and waiting:
-            signum = torch.tensor(float(self.stop.signum), device=self.trainer.runtime.device)
-            dist.all_reduce(signum, dist.ReduceOp.MAX)
-            self.stop.signum = int(signum.item())
-        return bool(self.stop.signum) and (self.alone or waiting)
+    def asked(self, waiting: bool) -> tuple[bool, bool]:
+        """(did a signal come, is it save_minutes since the last save). Several processes agree on it, but only where
+        they wait for each other anyway."""
+        minutes = (time.monotonic() - self.saved_at) / 60
+        late = 0 < self.trainer.config.save_minutes <= minutes
+        if not self.alone:
+            if not waiting:
+                return False, False
+            both = torch.tensor([float(self.stop.signum), float(late)], device=self.trainer.runtime.device)
+            dist.all_reduce(both, dist.ReduceOp.MAX)
+            self.stop.signum, late = int(both[0].item()), bool(both[1].item())
+        return bool(self.stop.signum), late
 
     # ---- early stop ----
 
@@ -1513,31 +1818,33 @@ class Loop:
         self.log.info(
             "step {step}/{steps} | loss {loss:.6f} | lr {lr:.2e} | tok/s {rate:.1f} | avg_loss {avg_loss:.6f}"
             " | grad_norm {grad_norm:.3f} | epoch {epoch:.3f}".format(**row, steps=self.trainer.config.steps, rate=rate)
+            + (f" | skipped {int(self.trainer.skipped.item())}" if self.trainer.runtime.scaler else "")
         )
         if self.main:
-            self.run_dir.write_row({**row, "tok_per_s": round(rate, 1), "elapsed_s": round(self.seconds(), 3)})
+            row = {**row, "tok_per_s": round(rate, 1), "elapsed_s": round(self.seconds(), 3)}
+            self.writer.append(self.run_dir.write_row, row)
 
-    def save(self) -> None:
-        """last.pt, and best.pt if this is the lowest avg_loss at a save so far."""
+    def save(self, best: bool = True) -> None:
+        """last.pt, and with `best` also best.pt, if this is the lowest avg_loss at a save so far. Only saves that the
+        settings ask for may write best.pt: then it is the same file however often the run was stopped."""
         t = self.trainer
-        if self.saved_step == t.step:
+        self.writer.wait()
+        if self.saved_step == t.step and not self.writer.failure:
             return
         t.measure()  # never let broken weights take the place of good ones
-        self.saved_step, t.seconds = t.step, self.seconds()
-        better = t.seen_all() and t.avg_loss() < t.best_saved
-        t.best_saved = t.avg_loss() if better else t.best_saved
-        content = t.state_dict()
+        self.saved_step, self.saved_at, t.seconds = t.step, time.monotonic(), self.seconds()
+        better = best and t.seen_all() and t.avg_loss() < self.writer.best
+        t.best_saved = t.avg_loss() if better else self.writer.best
+        state = t.state_dict()
         if self.main:
-            if better:
-                save_checkpoint(self.run_dir.best, t.weights())
-            save_checkpoint(self.run_dir.last, content)
+            self.writer.save(state, t.best_saved if better else None)
 
     def write_samples(self) -> None:
         """Appends to samples.txt what the model writes now, and shows it."""
         t = self.trainer
         if self.main and t.config.num_prompts and self.sampled_step != t.step:
             texts = t.sample(self.poll)
-            self.run_dir.write_samples(t.step, texts)
+            self.writer.append(self.run_dir.write_samples, t.step, texts)
             self.sampled_step = t.step
             for prompt, text in texts:
                 show(f"--- sample at step {t.step} ---\n{prompt}{text}\n")
@@ -1609,10 +1916,15 @@ class Loop:
             f"Tokens per step: {t.batches_per_step * t.batcher.batch_tokens:,} (batch_size {c.batch_size} x seq_len"
             f" {c.seq_len} x grad_accum {c.grad_accum} x processes {t.runtime.world_size})",
             f"Causality: {check_causality(t.model, t.runtime, c.seq_len)}",
+            f"Saves: every {c.save_every} steps"
+            + (f", and {c.save_minutes:g} minutes after the last one" if c.save_minutes else "")
+            + f"; last.pt has {12 * total / 1e9:.3g} GB, and its copy takes as much memory while it is written",
         ):
             self.log.info(line)
         if self.started_at:
             self.log.info(f"Resumed: step {t.step}, {t.tokens():,} tokens, avg_loss {t.avg_loss():.6f}")
+        for note in t.notes:
+            self.log.info(note)
 
     def summarize(self, ended: str) -> None:
         """The log's closing: how it ended, and what to type next."""
@@ -1639,15 +1951,22 @@ def train(config: TrainConfig, command: str = "") -> dict:
     try:
         tokenizer = load_tokenizer(config.tokenizer)
         trainer = Trainer(config, load_corpus(config.input_file, tokenizer, config.cache_dir), tokenizer, runtime)
-        path = run_dir.checkpoint_to_resume(config.resume)
-        if path:
+        path = None
+        if found := run_dir.load(config.resume):
+            path, state, problem = found
+            trainer.notes += [f"{problem}. Resumed from {path}"] if problem else []
             try:
-                trainer.load_state_dict(load_checkpoint(path))
+                trainer.load_state_dict(state)
             except (KeyError, TypeError, ValueError, RuntimeError) as e:
                 raise RunError(f"checkpoint {path} lacks what a run needs ({e!r:.80}): use another one") from e
-        if runtime.rank == 0:
-            run_dir.prepare(config.overwrite, resumed=path is not None)
-        with open_log(run_dir, runtime.rank == 0) as log, StopSignals() as stop, warnings.catch_warnings():
+            del state
+        with contextlib.ExitStack() as held:
+            if runtime.rank == 0:
+                held.enter_context(run_dir.lock())
+                run_dir.check_space(sum(trainer.model.parameter_counts().values()))
+                run_dir.prepare(config.overwrite, path)
+            log, stop = held.enter_context(open_log(run_dir, runtime.rank == 0)), held.enter_context(StopSignals())
+            held.enter_context(warnings.catch_warnings())
             # Where the loss scaler skips the very first step, the schedule does move first, and should.
             warnings.filterwarnings("ignore", message="Detected call of `lr_scheduler.step")
             return Loop(trainer, run_dir, log, stop, command).run()
@@ -1666,7 +1985,13 @@ def build_parser() -> argparse.ArgumentParser:
     summary, examples = __doc__.split("\n\n")[:2]
     style = argparse.RawDescriptionHelpFormatter
     parser = argparse.ArgumentParser(
-        "train.py", None, summary, f"examples:\n{examples}", formatter_class=style, allow_abbrev=False
+        "train.py",
+        None,
+        summary,
+        f"examples:\n{examples}",
+        formatter_class=style,
+        allow_abbrev=False,
+        exit_on_error=False,
     )
     group = parser
     for f in FIELDS.values():
@@ -1697,7 +2022,10 @@ def read_flags(argv: Sequence[str]) -> tuple[dict, dict[str, str]]:
             problems[name] = f"{arg} needs a value: python train.py --help says which"
         else:
             joined.append(f"{arg}={rest.pop(0)}" if f and f.type != "bool" and not has_value else arg)
-    namespace, unknown = build_parser().parse_known_args(joined)
+    try:
+        namespace, unknown = build_parser().parse_known_args(joined)
+    except argparse.ArgumentError as e:  # such as -h2
+        raise UsageError(f"{e}: python train.py --help lists all flags") from None
     problems |= unknown_flags(unknown)
     for name, text in vars(namespace).items():
         try:
@@ -1746,9 +2074,10 @@ def config_from_flags(argv: Sequence[str]) -> TrainConfig:
         given["prompt"] = unescape(given["prompt"])
     base = dict(PRESETS.get(given.get("preset", ""), {}))
     run_dir = RunDirectory(given.get("out_dir") or base.get("out_dir") or TrainConfig.out_dir)
-    if path := run_dir.checkpoint_to_resume(given.get("resume", "")):
+    if found := run_dir.load(given.get("resume", ""), lazy=True):
+        path, state, _ = found
         once = {"resume", "overwrite", "preset", "out_dir"}  # these belong to one start, not to the run
-        base = {k: v for k, v in load_checkpoint(path, lazy=True)["config"].items() if k in FIELDS and k not in once}
+        base = {k: v for k, v in state["config"].items() if k in FIELDS and k not in once}
         home = path.parent.parent if path.parent.name else path.absolute().parent.parent  # "last.pt" has no parents
         base["out_dir"] = str(home if path.absolute().parent.name == "checkpoints" else run_dir.root)
     for one, other in (("steps", "epochs"), ("epochs", "steps")):  # a given length replaces the one below it
@@ -1775,8 +2104,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 2
     except RunError as e:
         print(f"train.py: {e}", file=sys.stderr)
-    except RuntimeError as e:
-        if not isinstance(e, torch.OutOfMemoryError) and "can't allocate memory" not in str(e):
+    except (RuntimeError, MemoryError) as e:
+        words = ("can't allocate memory", "out of memory")
+        if not isinstance(e, torch.OutOfMemoryError | MemoryError) and not any(word in str(e) for word in words):
             raise
         print("train.py: the memory is full: lower --batch_size, --seq_len or the model's size", file=sys.stderr)
     except OSError as e:

@@ -146,7 +146,7 @@ def test_resuming_from_within_the_folder_of_checkpoints_goes_on_in_the_same_run(
     assert train.main(tiny_flags(tmp_path / "out")) == 0
     monkeypatch.chdir(tmp_path / "out" / "checkpoints")
     assert train.main(["--resume", "last.pt", "--steps", "9"]) == 0
-    assert sorted(path.name for path in (tmp_path / "out" / "checkpoints").iterdir()) == ["last.pt"]
+    assert sorted(path.name for path in (tmp_path / "out" / "checkpoints").iterdir()) == ["last.pt", "previous.pt"]
     assert len(rows_of(tmp_path / "out")) == 9
 
 

@@ -117,9 +117,12 @@ def test_best_pt_holds_the_lowest_avg_loss_of_a_save(tiny, tmp_path, monkeypatch
     losses = {20: 1.0, 40: 5.0, 80: 4.0, 85: 2.0, 120: 6.0}  # step 20 is before a first full pass, 85 is no save point
     monkeypatch.setattr(train.Trainer, "avg_loss", lambda self: losses.get(self.step, 7.0))
     saved = []
-    monkeypatch.setattr(
-        train.Loop, "write_samples", lambda loop: saved.append(best.exists() and loop.trainer.best_saved)
-    )
+
+    def look(loop):
+        loop.writer.wait()
+        saved.append(best.exists() and loop.trainer.best_saved)
+
+    monkeypatch.setattr(train.Loop, "write_samples", look)
     train.train(tiny(steps=120, save_every=20, sample_every=20))
     assert saved == [False, 5.0, 5.0, 4.0, 4.0, 4.0]
     content = train.load_checkpoint(best)

@@ -7,9 +7,11 @@ import itertools
 import json
 import math
 import os
+import random
 import subprocess
 import sys
 
+import numpy as np
 import pytest
 import torch
 from conftest import PLAY, ROOT, rows_of, same_weights, tiny_flags, weights_of, without_times
@@ -248,18 +250,55 @@ def test_prompts_are_the_given_one_and_openings_from_the_text(tiny, make_trainer
 
 @pytest.mark.parametrize("options", [{}, {"grad_accum": 3, "dropout": 0.3, "randomize_batches": True}])
 def test_a_resumed_run_equals_one_that_never_stopped(tiny, tmp_path, monkeypatch, options):
-    """Interrupted twice in the middle of a pass: the same weights, rows and samples, bit for bit."""
-    settings = {"steps": 60, "save_every": 1000, "sample_every": 20, "log_every": 4, **options}
+    """Interrupted twice in the middle of a pass: the same rows, samples and checkpoints, bit for bit."""
+    settings = {"steps": 60, "save_every": 50, "sample_every": 20, "log_every": 4, **options}
     train.train(tiny(out_dir=str(tmp_path / "whole"), **settings))
     for stop_at in (23, 41, None):
         with monkeypatch.context() as patch:
             if stop_at:
-                patch.setattr(train.Loop, "stop_requested", lambda loop, read, at=stop_at: loop.trainer.step == at)
+                patch.setattr(train.Loop, "asked", lambda loop, _, at=stop_at: (loop.trainer.step == at, False))
             train.train(tiny(out_dir=str(tmp_path / "parts"), resume="auto", **settings))
     assert without_times(rows_of(tmp_path / "whole")) == without_times(rows_of(tmp_path / "parts"))
-    assert same_weights(weights_of(tmp_path / "whole"), weights_of(tmp_path / "parts"))
     samples = [(tmp_path / run / "samples" / "samples.txt").read_text() for run in ("whole", "parts")]
     assert samples[0] == samples[1]
+    for name in ("last.pt", "best.pt"):
+        whole, parts = (train.load_checkpoint(tmp_path / run / "checkpoints" / name) for run in ("whole", "parts"))
+        passing = {"seconds": 0, "config": {}, "scheduler": {}}  # the schedule is made anew at each start
+        assert_same(whole | passing, parts | passing)
+
+
+def assert_same(a, b):
+    """Equal, bit for bit, all the way down."""
+    assert type(a) is type(b)
+    if isinstance(a, dict):
+        assert a.keys() == b.keys()
+    if isinstance(a, dict | list | tuple):
+        for x, y in zip(a.values(), b.values(), strict=True) if isinstance(a, dict) else zip(a, b, strict=True):
+            assert_same(x, y)
+    elif isinstance(a, torch.Tensor):
+        assert torch.equal(a, b)
+    else:
+        assert a == b
+
+
+def test_every_random_generator_goes_on_where_it_was(tiny, tmp_path, monkeypatch):
+    """No step draws from Python's or NumPy's own generators; a change of the program that did would still resume."""
+    drawn = {}
+    real = train.Trainer.train_step
+
+    def draw(self):
+        drawn.setdefault(self.step, []).append((random.random(), np.random.rand(), torch.rand(1).item()))
+        real(self)
+
+    monkeypatch.setattr(train.Trainer, "train_step", draw)
+    random.seed(1)
+    np.random.seed(1)
+    settings = {"steps": 6, "save_every": 3}
+    train.train(tiny(**settings))
+    (tmp_path / "out" / "checkpoints" / "previous.pt").replace(tmp_path / "out" / "checkpoints" / "last.pt")
+    train.train(tiny(resume="auto", **settings))
+    assert [len(drawn[step]) for step in range(6)] == [1, 1, 1, 2, 2, 2]
+    assert all(len(set(values)) == 1 for values in drawn.values())
 
 
 def test_what_came_after_the_checkpoint_is_done_again_and_not_doubled(tiny, tmp_path):
@@ -271,7 +310,7 @@ def test_what_came_after_the_checkpoint_is_done_again_and_not_doubled(tiny, tmp_
     samples = (tmp_path / "out" / "samples" / "samples.txt").read_text()
     # A checkpoint of step 20, as it was at that moment.
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(train.Loop, "stop_requested", lambda loop, read: loop.trainer.step == 20)
+        patch.setattr(train.Loop, "asked", lambda loop, _: (loop.trainer.step == 20, False))
         train.train(tiny(out_dir=str(tmp_path / "short"), **settings))
     (tmp_path / "short" / "checkpoints" / "last.pt").replace(last)
     with open(tmp_path / "out" / "logs" / "train_metrics.csv", "a") as f:
@@ -348,7 +387,7 @@ def test_time_goes_on_where_it_stopped(tiny, tmp_path):
 
 def test_samples_survive_a_resume_to_the_byte(tmp_path):
     run_dir = train.RunDirectory(tmp_path)
-    run_dir.prepare(overwrite=False, resumed=False)
+    run_dir.prepare(overwrite=False, path=None)
     run_dir.write_samples(5, [("a", "b\rc\r\nd")])
     before = run_dir.samples.read_bytes()
     assert b"b\rc" in before
@@ -360,6 +399,7 @@ def test_auto_begins_anew_only_what_left_no_result(tiny, tmp_path):
     train.train(tiny(steps=45))
     out = tmp_path / "out"
     (out / "checkpoints" / "last.pt").unlink()
+    (out / "checkpoints" / "previous.pt").unlink()
     with pytest.raises(train.UsageError, match=r"already holds a run: its last.pt is gone"):
         train.train(tiny(resume="auto", steps=3))
     (out / "run.json").unlink()  # as of a run that was killed before its first checkpoint
