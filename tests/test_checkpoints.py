@@ -592,6 +592,38 @@ def test_killed_at_thirty_random_moments(tmp_path):
 # ---- operating systems ----
 
 
+@pytest.mark.skipif(not hasattr(os, "O_DIRECT"), reason="O_DIRECT is of Linux")
+def test_a_file_past_the_page_cache_has_the_same_bytes(tmp_path, monkeypatch):
+    path = tmp_path / "file"
+    try:
+        train.DirectFile(path).__exit__()
+    except OSError:
+        pytest.skip("not on this file system")
+    size = 1 << 24
+    for pieces in ((), (0,), (1,), (size,), (size - 1, 1), (5, size), (3 * size + 7, 9), (4095, 4097, size)):
+        data = [os.urandom(n) for n in pieces]
+        with train.open_direct(path) as f:
+            assert isinstance(f, train.DirectFile)
+            assert [f.write(part) for part in data] == list(pieces)
+            f.flush()
+            os.fsync(f.fileno())
+        assert path.read_bytes() == b"".join(data)
+    (tmp_path / "plain").touch()
+    assert path.stat().st_mode == (tmp_path / "plain").stat().st_mode
+    monkeypatch.setattr(train.os, "write", lambda handle, data: len(data) // 2)
+    with pytest.raises(train.RunError, match="No space left on device"):
+        train.save_checkpoint(tmp_path / "last.pt", a_state())
+    assert not (tmp_path / "last.pt").exists()
+
+
+def test_where_the_page_cache_cannot_be_passed_a_plain_file_serves(tmp_path, monkeypatch):
+    monkeypatch.delattr(train.os, "O_DIRECT", raising=False)
+    with train.open_direct(tmp_path / "file") as f:
+        assert not isinstance(f, train.DirectFile)
+    train.save_checkpoint(tmp_path / "last.pt", a_state(7))
+    assert step_in(tmp_path / "last.pt") == 7
+
+
 def test_windows_opens_no_folder(tmp_path, monkeypatch):
     opened = []
     monkeypatch.setattr(train.os, "open", lambda *args: opened.append(args) or 1 / 0)

@@ -41,7 +41,7 @@ def test_each_command_of_the_readme_is_understood(command, tmp_path, monkeypatch
     monkeypatch.chdir(tmp_path)
     (tmp_path / "data").mkdir()
     (tmp_path / "data" / "sample.txt").write_text("text")
-    argv = shlex.split(command.split("train.py")[1])
+    argv = shlex.split(command.split("train.py")[1].split(";")[0])
     given, problems = train.read_flags(argv)
     assert given and not problems
     if "resume" not in given:
@@ -51,6 +51,14 @@ def test_each_command_of_the_readme_is_understood(command, tmp_path, monkeypatch
 def test_ci_runs_the_test_command_word_for_word():
     (command,) = (c for c in COMMANDS if "pytest" in c)
     assert f"\n{command}\n" in (ROOT / ".ci" / "run").read_text()
+
+
+def test_each_promise_names_a_test_that_is_there():
+    named = re.findall(r"`(test_\w+)`", README.split("### What is promised")[1].split("###")[0])
+    tests = "".join(path.read_text(encoding="utf-8") for path in (ROOT / "tests").glob("test_*.py"))
+    assert len(named) > 12
+    for name in named:
+        assert f"def {name}(" in tests, name
 
 
 @pytest.mark.parametrize("name", re.findall(r"\]\((?!http)([^)#]+)\)", README))
