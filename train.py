@@ -906,13 +906,24 @@ class DirectFile:
 
     def flush(self) -> None:
         """What doesn't fill a page can only be written through the cache, so this is for the end."""
+        self.use_cache()
+        self.put()
+
+    def use_cache(self) -> None:
         import fcntl
 
         fcntl.fcntl(self.handle, fcntl.F_SETFL, fcntl.fcntl(self.handle, fcntl.F_GETFL) & ~os.O_DIRECT)
-        self.put()
 
     def put(self) -> None:
-        if os.write(self.handle, memoryview(self.buffer)[: self.filled]) < self.filled:
+        data = memoryview(self.buffer)[: self.filled]
+        try:
+            written = os.write(self.handle, data)
+        except OSError as e:
+            if e.errno != errno.EINVAL:  # this file system wants another alignment
+                raise
+            self.use_cache()
+            written = os.write(self.handle, data)
+        if written < self.filled:
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
         self.filled = 0
 
@@ -1308,12 +1319,13 @@ class CheckpointWriter:
                 save_checkpoint(self.run_dir.best, {key: state[key] for key in WEIGHTS})
             save_checkpoint(self.run_dir.last, state, self.run_dir.previous)
             self.failure, self.best = None, self.best if best is None else best
-        except (OSError, RunError) as e:
+        except Exception as e:  # whatever it is, it must not vanish with the thread
             self.fail(e)
 
-    def fail(self, e: OSError | RunError) -> None:
+    def fail(self, e: Exception) -> None:
         """Says it at once, and leaves it to the next save to try again."""
-        self.failure = e if isinstance(e, RunError) else RunError(f"{e.filename} can't be written ({e.strerror})")
+        what = f"{e.filename} can't be written ({e.strerror})" if isinstance(e, OSError) else f"no checkpoint ({e!r})"
+        self.failure = e if isinstance(e, RunError) else RunError(what)
         self.log.warning(f"{self.failure}. Training goes on, and the next save tries again")
 
     def append(self, write: Callable, *args) -> None:
@@ -1806,7 +1818,7 @@ class Loop:
 
     def finish(self, ended: str) -> str:
         """Last checkpoint, row, proof and sample, in the order of what would be missed most."""
-        self.save(best=ended != "interrupted")
+        self.save(best=ended != "interrupted" or self.trainer.step % self.trainer.config.save_every == 0)
         if ended != "interrupted":
             self.log_step(self.trainer.measure())
             if self.final_loss is None and self.trainer.seen_all():

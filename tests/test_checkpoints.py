@@ -185,6 +185,15 @@ def step_in(path):
     return train.load_checkpoint(path)["step"] if path.exists() else None
 
 
+def test_no_fault_of_the_writer_vanishes_with_its_thread(tiny, monkeypatch):
+    def fault(*_):
+        raise TypeError("can't pickle this")
+
+    monkeypatch.setattr(train, "save_checkpoint", fault)
+    with pytest.raises(train.RunError, match=r"no checkpoint \(TypeError\(.can't pickle this"):
+        train.train(tiny())
+
+
 def test_without_any_checkpoint_going_on_is_in_vain(tiny, tmp_path, monkeypatch):
     failing(monkeypatch, {10})
     with pytest.raises(train.RunError, match=r"No space left on device.*there is none before it"):
@@ -610,6 +619,17 @@ def test_a_file_past_the_page_cache_has_the_same_bytes(tmp_path, monkeypatch):
         assert path.read_bytes() == b"".join(data)
     (tmp_path / "plain").touch()
     assert path.stat().st_mode == (tmp_path / "plain").stat().st_mode
+    real, refused = os.write, []
+
+    def aligned_otherwise(handle, data):
+        if not refused:
+            refused.append(len(data))
+            raise OSError(errno.EINVAL, "Invalid argument")
+        return real(handle, data)
+
+    monkeypatch.setattr(train.os, "write", aligned_otherwise)
+    train.save_checkpoint(tmp_path / "first.pt", a_state(4, size=1 << 23))
+    assert refused == [size] and step_in(tmp_path / "first.pt") == 4
     monkeypatch.setattr(train.os, "write", lambda handle, data: len(data) // 2)
     with pytest.raises(train.RunError, match="No space left on device"):
         train.save_checkpoint(tmp_path / "last.pt", a_state())
