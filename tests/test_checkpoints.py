@@ -644,6 +644,25 @@ def test_where_the_page_cache_cannot_be_passed_a_plain_file_serves(tmp_path, mon
     assert step_in(tmp_path / "last.pt") == 7
 
 
+def test_macos_empties_the_drive_s_own_cache(tmp_path, monkeypatch):
+    fcntl = pytest.importorskip("fcntl")
+    calls = []
+    monkeypatch.setattr(train.sys, "platform", "darwin")
+    monkeypatch.setattr(fcntl, "F_FULLFSYNC", 51, raising=False)
+    monkeypatch.setattr(fcntl, "fcntl", lambda handle, call: calls.append(call))
+    monkeypatch.setattr(train.os, "fsync", lambda handle: calls.append("fsync"))
+    with train.atomic_write(tmp_path / "file"):
+        pass
+    assert calls == [51, "fsync"]  # the file, then its folder
+
+    def unknown(handle, call):
+        raise OSError(errno.ENOTSUP, "Operation not supported")
+
+    monkeypatch.setattr(fcntl, "fcntl", unknown)
+    train.sync_file(0)
+    assert calls[2:] == ["fsync"]
+
+
 def test_windows_opens_no_folder(tmp_path, monkeypatch):
     opened = []
     monkeypatch.setattr(train.os, "open", lambda *args: opened.append(args) or 1 / 0)
