@@ -157,7 +157,8 @@ class TrainConfig:
             found.append(
                 f"out_dir {self.out_dir} already holds a run: {go_on} --overwrite to replace it, or another --out_dir"
             )
-        if found := [*problems.values(), *found, *run_dir.problems(), *input_problems(self.input_file)]:
+        found += run_dir.problems() + ([] if "input_file" in unsound else input_problems(self.input_file))
+        if found := [*problems.values(), *found]:
             raise UsageError(*found)
 
     def conflicts(self) -> Iterator[tuple[str, str]]:
@@ -391,8 +392,6 @@ def cached_tokens(path: Path, text: str, tokenizer: Tokenizer) -> tuple[np.ndarr
 
 def decode_text(data: bytes, path: str) -> tuple[str, list[str]]:
     """UTF-8 bytes -> (text with \\n line ends and no byte order mark, notes on what was changed)."""
-    if not data.strip():
-        raise UsageError(f"input_file {path} is empty: give a text of at least a few thousand characters")
     if data[:2] in (b"\xff\xfe", b"\xfe\xff"):
         raise UsageError(f"input_file {path} is UTF-16: save it as UTF-8 (iconv -f UTF-16 -t UTF-8 {path} > new.txt)")
     if b"\0" in data:
@@ -403,6 +402,8 @@ def decode_text(data: bytes, path: str) -> tuple[str, list[str]]:
         raise UsageError(
             f"input_file {path} isn't UTF-8 (byte {e.start}): convert it (iconv -f LATIN1 -t UTF-8 {path} > new.txt)"
         ) from None
+    if not text.strip("\ufeff").strip():
+        raise UsageError(f"input_file {path} is empty: give a text of at least a few thousand characters")
     notes = []
     if text.startswith("\ufeff"):
         text = text[1:]
@@ -1078,8 +1079,8 @@ class RunDirectory:
         mine = sum(path.stat().st_size for path in (self.last, self.previous, self.best) if path.exists())
         if (free := shutil.disk_usage(self.root).free + mine) < needed:
             raise RunError(
-                f"out_dir {self.root} has {free / 1e9:.1f} GB free for checkpoints, and two of them with best.pt take"
-                f" {needed / 1e9:.1f} GB: make room, or choose an --out_dir on another disk"
+                f"out_dir {self.root} has {free / 1e9:.3g} GB free for checkpoints, and two of them with best.pt take"
+                f" {needed / 1e9:.3g} GB: make room, or choose an --out_dir on another disk"
             )
 
     def can_go_on(self, resume: str) -> bool:
@@ -1109,17 +1110,22 @@ class RunDirectory:
 
     def prepare(self, overwrite: bool, path: Path | None) -> None:
         """Makes the folders and removes what a killed run left half written; with `overwrite`, also an earlier run's
-        files and nothing else. The checkpoint that is resumed becomes last.pt if it is previous.pt."""
+        files and nothing else. The checkpoint that is resumed becomes last.pt: rows are about to be cut to its step."""
         for file in self.files():
             file.parent.mkdir(parents=True, exist_ok=True)
             if overwrite or (file == self.best and not path):
                 file.unlink(missing_ok=True)
         for part in (*self.root.glob("*.part"), *self.root.glob("*/*.part")):
             part.unlink(missing_ok=True)
-        if path and path.resolve() == self.previous.resolve():
+        if path and path.resolve() != self.last.resolve():
+            part = self.last.with_name("last.pt.resumed.part")
+            try:
+                os.link(path, part)
+            except OSError:  # another disk, or a file system without links
+                shutil.copyfile(path, part)
             if self.last.exists():
                 replace(self.last, self.aside)
-            replace(self.previous, self.last)
+            replace(part, self.last)
 
     def rewind(self, step: int) -> tuple[int, int]:
         """Drops rows and samples past a step, which the run makes again from there, and torn rows. Returns the steps of
@@ -1153,11 +1159,19 @@ class RunDirectory:
         kept then, and written with the next one."""
         self.unwritten[path] = self.unwritten.get(path, "") + text
         data = self.unwritten[path].encode("utf-8", "replace")
-        with open(path, "ab", buffering=0) as f:
-            end = os.fstat(f.fileno()).st_size
-            if f.write(data) < len(data):
-                f.truncate(end)
-                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path))
+        path.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            if path == self.samples:  # whose blocks are large enough to be torn
+                with atomic_write(path) as f:
+                    f.write((path.read_bytes() if path.exists() else b"") + data)
+            else:
+                with open(path, "ab", buffering=0) as f:
+                    end = os.fstat(f.fileno()).st_size
+                    if f.write(data) < len(data):
+                        f.truncate(end)
+                        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        except OSError as e:
+            raise OSError(e.errno, e.strerror, str(path)) from None
         del self.unwritten[path]
 
     def catch_up(self) -> None:
@@ -1213,15 +1227,16 @@ def open_log(run_dir: RunDirectory, enabled: bool):
         file.close()
 
 
-def save_checkpoint(path: Path, content: dict, previous: Path | None = None) -> None:
-    """Writes plain dicts and tensors atomically. Raises RunError when it can't; the file before it stays intact."""
+def save_checkpoint(path: Path, content: dict, previous: Path | None = None, room: Path | None = None) -> None:
+    """Writes plain dicts and tensors atomically, keeping the file before as `previous`. On a full disk `room` is given
+    up for it. Raises RunError when it can't be written; the file before it stays intact."""
     try:
         with atomic_write(path, previous, large=True) as f:
             torch.save(content, f)
     except (OSError, RuntimeError) as e:  # torch hides a failed write behind a RuntimeError
         cause = e if isinstance(e, OSError) else e.__context__
-        if getattr(cause, "errno", 0) == errno.ENOSPC and previous and previous.exists() and path.exists():
-            previous.unlink()  # of two old files, one makes room for the new one
+        if getattr(cause, "errno", 0) == errno.ENOSPC and room and room.exists():
+            room.unlink()
             return save_checkpoint(path, content, previous)
         reason = getattr(cause, "strerror", None) or str(e).splitlines()[0]
         kept = "the one before it is intact" if path.exists() else "there is none before it"
@@ -1241,7 +1256,7 @@ def load_checkpoint(path: str | Path, lazy: bool = False) -> dict:
         content = torch.load(path, map_location="cpu", weights_only=True, mmap=lazy)
     except FileNotFoundError:
         raise RunError(f"checkpoint {path} doesn't exist: check the path") from None
-    except OSError as e:
+    except PermissionError as e:
         raise RunError(f"checkpoint {path} can't be read ({e.strerror}): check its permissions") from None
     except Exception as e:  # arbitrary bytes make torch's reader raise almost anything
         raise DamagedError(
@@ -1326,10 +1341,17 @@ class CheckpointWriter:
                 if path.exists():
                     with open(path, "rb+") as f:
                         sync_file(f.fileno())
+            failed = None
+            room = self.run_dir.previous if self.run_dir.last.exists() else None  # of two old files, one is enough
             if best is not None:
-                save_checkpoint(self.run_dir.best, {key: state[key] for key in WEIGHTS})
-            save_checkpoint(self.run_dir.last, state, self.run_dir.previous)
-            self.failure, self.best = None, self.best if best is None else best
+                try:
+                    save_checkpoint(self.run_dir.best, {key: state[key] for key in WEIGHTS}, room=room)
+                    self.best = best
+                except RunError as e:  # last.pt matters more
+                    failed, state["best_saved"] = e, self.best
+            save_checkpoint(self.run_dir.last, state, self.run_dir.previous, room)
+            if failed:
+                raise failed
         except Exception as e:  # whatever it is, it must not vanish with the thread
             self.fail(e)
 
@@ -1414,6 +1436,8 @@ class Trainer:
         generator = torch.Generator().manual_seed(config.seed)
         self.model = GPT(GPTConfig(vocab_size=tokenizer.vocab_size, **shape), generator).to(runtime.device)
         torch.manual_seed(config.seed + runtime.rank)  # dropout, another one in each process
+        random.seed(config.seed)
+        np.random.seed(config.seed)
         self.optimizer = build_optimizer(self.model, self.config)
         self.scheduler = build_scheduler(self.optimizer, self.config)
         self.forward = self.wrap_model()
@@ -1502,8 +1526,9 @@ class Trainer:
     def tokens(self) -> int:
         return self.batcher.position * self.batcher.batch_tokens
 
-    def measure(self) -> dict:
-        """The step's figures, as CSV_FIELDS names them. Waits for the device. Raises RunError if they aren't finite."""
+    def measure(self, keep: bool = True) -> dict:
+        """The step's figures, as CSV_FIELDS names them. Waits for the device. Raises RunError if they aren't finite.
+        Without `keep` it doesn't count for best_loss, which must not depend on when a run was saved or stopped."""
         loss, grad_norm, avg_loss = self.step_loss.item(), self.grad_norm.item(), self.avg_loss()
         skipped = self.runtime.scaler is not None  # then an infinite gradient only skipped the update
         if not (math.isfinite(loss) and math.isfinite(avg_loss) and (skipped or math.isfinite(grad_norm))):
@@ -1511,7 +1536,7 @@ class Trainer:
                 f"the loss is {loss} and the gradient norm {grad_norm} at step {self.step}: resume from the last"
                 " checkpoint, or start anew, with a lower --lr or --amp off"
             )
-        if self.seen_all():
+        if keep and self.seen_all():
             self.best_loss = min(self.best_loss, avg_loss)
         return {
             "step": self.step,
@@ -1713,7 +1738,8 @@ class StopSignals:
 
     def handle(self, signum, frame):
         self.signum = signum
-        signal.signal(signum, signal.SIG_DFL)
+        for any_signum in self.previous:
+            signal.signal(any_signum, signal.SIG_DFL)
 
     def poll(self) -> None:
         if self.signum:
@@ -1902,15 +1928,22 @@ class Loop:
         settings ask for may write best.pt: then it is the same file however often the run was stopped."""
         t = self.trainer
         self.writer.wait()
-        if self.saved_step == t.step and not self.writer.failure:
-            return
-        t.measure()  # never let broken weights take the place of good ones
-        self.saved_step, self.saved_at, t.seconds = t.step, time.monotonic(), self.seconds()
         better = best and t.seen_all() and t.avg_loss() < self.writer.best
+        if self.saved_step == t.step and not self.first_decides(better or bool(self.writer.failure)):
+            return
+        t.measure(keep=False)  # never let broken weights take the place of good ones
+        self.saved_step, self.saved_at, t.seconds = t.step, time.monotonic(), self.seconds()
         t.best_saved = t.avg_loss() if better else self.writer.best
         state = t.state_dict()
         if self.main:
             self.writer.save(state, t.best_saved if better else None)
+
+    def first_decides(self, answer: bool) -> bool:
+        """The answer of the process that writes, which alone knows what is on the disk, in all of them."""
+        answers = [answer]
+        if not self.alone:
+            dist.broadcast_object_list(answers, src=0)
+        return answers[0]
 
     def write_samples(self) -> None:
         """Appends to samples.txt what the model writes now, and shows it."""
@@ -2014,6 +2047,19 @@ class Loop:
         self.log.info(f"To update the README: python update_readme.py --run_dir {shlex.quote(str(self.run_dir.root))}")
 
 
+def resume_from(run_dir: RunDirectory, trainer: Trainer) -> Path | None:
+    """Brings the trainer to the checkpoint that `--resume` means, and returns its path; None where there is none."""
+    if not (found := run_dir.load(trainer.given.resume)):
+        return None
+    path, state, problem = found
+    trainer.notes += [f"{problem}. Resumed from {path}"] if problem else []
+    try:
+        trainer.load_state_dict(state)
+    except (AttributeError, KeyError, TypeError, ValueError, RuntimeError) as e:
+        raise RunError(f"checkpoint {path} lacks what a run needs ({e!r:.80}): use another one") from e
+    return path
+
+
 def train(config: TrainConfig, command: str = "") -> dict:
     """Trains as configured and returns what run.json then says; `command` goes into it.
 
@@ -2024,19 +2070,14 @@ def train(config: TrainConfig, command: str = "") -> dict:
     try:
         tokenizer = load_tokenizer(config.tokenizer)
         trainer = Trainer(config, load_corpus(config.input_file, tokenizer, config.cache_dir), tokenizer, runtime)
-        path = None
-        if found := run_dir.load(config.resume):
-            path, state, problem = found
-            trainer.notes += [f"{problem}. Resumed from {path}"] if problem else []
-            try:
-                trainer.load_state_dict(state)
-            except (KeyError, TypeError, ValueError, RuntimeError) as e:
-                raise RunError(f"checkpoint {path} lacks what a run needs ({e!r:.80}): use another one") from e
-            del state
         with contextlib.ExitStack() as held:
             if runtime.rank == 0:
-                held.enter_context(run_dir.lock())
+                held.enter_context(run_dir.lock())  # before loading: what a run that still writes has now is soon old
                 run_dir.check_space(sum(trainer.model.parameter_counts().values()))
+            path = resume_from(run_dir, trainer)
+            if runtime.world_size > 1:
+                dist.barrier()  # all have read it before it changes its name
+            if runtime.rank == 0:
                 run_dir.prepare(config.overwrite, path)
             log, stop = held.enter_context(open_log(run_dir, runtime.rank == 0)), held.enter_context(StopSignals())
             held.enter_context(warnings.catch_warnings())

@@ -73,10 +73,10 @@ def a_state(step=1, size=1 << 19):
 def test_training_goes_on_while_a_checkpoint_is_written(tiny, tmp_path, monkeypatch):
     go_on, written, real = threading.Event(), [], train.save_checkpoint
 
-    def slow(path, content, previous=None):
+    def slow(path, content, *rest, **options):
         assert go_on.wait(60)
         written.append((path.name, content["step"]))
-        real(path, content, previous)
+        real(path, content, *rest, **options)
 
     real_step = train.Trainer.train_step
 
@@ -95,7 +95,7 @@ def test_training_goes_on_while_a_checkpoint_is_written(tiny, tmp_path, monkeypa
 def test_a_snapshot_is_of_its_moment(tmp_path, monkeypatch):
     """What changes after save() returned doesn't reach the file; tied weights are written once."""
     go_on, real = threading.Event(), train.save_checkpoint
-    monkeypatch.setattr(train, "save_checkpoint", lambda *args: (go_on.wait(60), real(*args)))
+    monkeypatch.setattr(train, "save_checkpoint", lambda *args, **options: (go_on.wait(60), real(*args, **options)))
     writer, state = make_writer(tmp_path), a_state()
     writer.save(state, best=5.0)
     state["model"]["wte"].fill_(-1)
@@ -307,7 +307,7 @@ def test_too_little_space_is_said_before_training(tiny, tmp_path, monkeypatch):
     usage = shutil.disk_usage(tmp_path)
     monkeypatch.setattr(train.shutil, "disk_usage", lambda _: usage._replace(free=28 * parameters - 1))
     with pytest.raises(
-        train.RunError, match=r"two of them with best.pt take 0.0 GB: make room, or choose an --out_dir"
+        train.RunError, match=r"two of them with best.pt take 0.0227 GB: make room, or choose an --out_dir"
     ):
         train.train(tiny())
     assert not (tmp_path / "out" / "logs").exists()
@@ -341,6 +341,7 @@ def test_auto_goes_on_from_the_checkpoint_before_a_damaged_one(kind, out, finish
     assert weights_equal(out, finished)
     assert without_times(rows_of(out)) == without_times(rows_of(finished))
     assert kind == "missing" or (out / "checkpoints" / "aside.pt").exists()  # kept, for whoever wants to look
+    assert not list(out.rglob("*.part"))
 
 
 def weights_equal(a, b) -> bool:
@@ -515,6 +516,117 @@ def test_a_directory_with_spaces_and_other_letters(tiny, tmp_path):
     train.train(tiny(out_dir=str(out), steps=3))
     assert train.main(["--resume", str(out / "checkpoints" / "last.pt"), "--steps", "6"]) == 0
     assert len(rows_of(out)) == 6
+
+
+def test_a_checkpoint_is_loaded_under_the_lock(tiny, tmp_path, monkeypatch):
+    """Else one that is being replaced would be resumed when the run that replaced it has ended."""
+    train.train(tiny(**SETTINGS))
+    order = []
+    for owner, name in ((train, "lock_file"), (train, "load_checkpoint"), (train.RunDirectory, "prepare")):
+        real = getattr(owner, name)
+        monkeypatch.setattr(owner, name, lambda *a, real=real, name=name, **k: (order.append(name), real(*a, **k))[1])
+    train.train(tiny(**{**SETTINGS, "steps": 40}, resume="auto"))
+    assert order == ["lock_file", "load_checkpoint", "prepare"]
+
+
+def tensors_of(path) -> dict:
+    return train.load_checkpoint(path)["model"]
+
+
+def test_best_pt_does_not_depend_on_the_clock(tiny, tmp_path):
+    """Here it is of the last step, which a save by time comes before; and of a run that was stopped there."""
+    settings = {"steps": 60, "save_every": 7, "lr": 3e-3, "num_prompts": 0, "target_loss": 0}
+    train.train(tiny(out_dir=str(tmp_path / "a"), **settings))
+    train.train(tiny(out_dir=str(tmp_path / "b"), save_minutes=1e-6, **settings))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(train.Loop, "asked", lambda loop, _: (loop.trainer.step == 60, False))
+        train.train(tiny(out_dir=str(tmp_path / "c"), **settings))
+    train.train(tiny(out_dir=str(tmp_path / "c"), resume="auto", **settings))
+    best = [train.load_checkpoint(tmp_path / run / "checkpoints" / "best.pt") for run in "abc"]
+    assert {content["step"] for content in best} == {60}
+    assert all(torch.equal(best[0]["model"][key], other["model"][key]) for other in best for key in best[0]["model"])
+
+
+def test_best_loss_does_not_depend_on_where_a_run_was_stopped(tiny, tmp_path, monkeypatch):
+    """As on CUDA, where the figures aren't read at each step; avg_loss has its minimum between two log lines."""
+    real = train.Loop.__init__
+
+    def init(loop, *args):
+        real(loop, *args)
+        loop.reads_each_step = False
+
+    monkeypatch.setattr(train.Loop, "__init__", init)
+    settings = {"steps": 100, "log_every": 30, "save_every": 100, "lr": 3.0, "clip_grad": 0.0, "warmup_steps": 100}
+    settings |= {"num_prompts": 0, "target_loss": 0}
+    train.train(tiny(out_dir=str(tmp_path / "whole"), **settings))
+    with monkeypatch.context() as patch:
+        patch.setattr(train.Loop, "asked", lambda loop, _: (loop.trainer.step == 44, False))
+        train.train(tiny(out_dir=str(tmp_path / "parts"), **settings))
+    train.train(tiny(out_dir=str(tmp_path / "parts"), resume="auto", **settings))
+    assert without_times(rows_of(tmp_path / "whole")) == without_times(rows_of(tmp_path / "parts"))
+
+
+@pytest.mark.parametrize("name", ["mine.pt", "aside.pt", "previous.pt"])
+def test_going_back_to_any_checkpoint_loses_no_row(name, out, finished):
+    """Killed before its first save, a run that went back is resumed from where it went back to."""
+    folder = out / "checkpoints"
+    if name != "previous.pt":
+        shutil.copy(folder / "previous.pt", folder / name)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(train.Loop, "save", lambda *_, **__: None)
+        patch.setattr(train.Loop, "asked", lambda loop, _: (loop.trainer.step == 23, False))
+        train.main(["--resume", str(folder / name)])
+    assert step_in(folder / "last.pt") == 20 and step_in(folder / "aside.pt") == 30
+    assert train.main(tiny_flags(out, **SETTINGS, resume="auto")) == 0
+    assert without_times(rows_of(out)) == without_times(rows_of(finished))
+    assert weights_equal(out, finished)
+
+
+def test_last_pt_is_saved_even_where_best_pt_cannot_be(tmp_path, monkeypatch):
+    writer = make_writer(tmp_path)
+    for step in (1, 2):
+        writer.save(a_state(step), best=None)
+    writer.wait()
+    real = torch.save
+    monkeypatch.setattr(train.torch, "save", lambda c, f: real(c, f) if "optimizer" in c else no_space())
+    writer.save(a_state(3), best=4.0)
+    writer.wait()
+    assert step_in(writer.run_dir.last) == 3 and "best.pt can't be written" in str(writer.failure)
+    assert train.load_checkpoint(writer.run_dir.last)["best_saved"] == writer.best == 9.0
+    monkeypatch.undo()
+    writer.save(a_state(4), best=4.0)
+    writer.wait()
+    assert writer.failure is None and writer.best == 4.0 and step_in(writer.run_dir.best) == 4
+
+
+def test_a_sample_is_written_whole_or_not_at_all(tmp_path, monkeypatch):
+    run_dir = train.RunDirectory(tmp_path)
+    run_dir.write_samples(1, [("a", "b")])
+    before = run_dir.samples.read_bytes()
+    monkeypatch.setattr(train.os, "replace", no_space)
+    with pytest.raises(OSError, match="No space left"):
+        run_dir.write_samples(2, [("c", "d")])
+    assert run_dir.samples.read_bytes() == before
+    monkeypatch.undo()
+    run_dir.catch_up()
+    assert run_dir.samples.read_text().count("STEP") == 2
+
+
+def test_a_folder_in_the_place_of_last_pt_is_fallen_back_from(out):
+    last = out / "checkpoints" / "last.pt"
+    last.unlink()
+    last.mkdir()
+    assert train.RunDirectory(out).load("auto")[0].name == "previous.pt"
+
+
+@pytest.mark.parametrize("part", [{"optimizer": None}, {"made_on": [1]}, {"config": {"input_file": 7}}, {"rng": 3}])
+def test_a_checkpoint_of_wrong_types_is_a_sentence(part, out, capsys):
+    last = out / "checkpoints" / "last.pt"
+    state = train.load_checkpoint(last)
+    part = {key: state[key] | value if key == "config" else value for key, value in part.items()}
+    train.save_checkpoint(last, state | part)
+    assert train.main(["--resume", str(last), "--steps", "40"]) in (1, 2)
+    assert "Traceback" not in capsys.readouterr().err
 
 
 # ---- killed ----
