@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import dataclasses
+import os
 import sys
 from pathlib import Path
 
@@ -15,7 +16,9 @@ sys.path.insert(0, str(ROOT))
 
 import train  # noqa: E402
 
-torch.set_num_threads(1)  # these models are too small to share among threads
+# These models are too small to share among threads; and bits are the same only with the same number of them.
+torch.set_num_threads(1)
+os.environ["OMP_NUM_THREADS"] = "1"  # of the processes that tests start
 
 PLAY = ROOT / "data" / "sample.txt"
 SHAKESPEARE = ROOT / "data" / "input.txt"
