@@ -63,7 +63,7 @@ def test_a_run_from_start_to_proof(tmp_path):
 
 @pytest.mark.parametrize(("signum", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
 def test_a_signal_ends_the_run_after_a_checkpoint_and_resuming_loses_nothing(tmp_path, signum, code):
-    flags = {"steps": 400, "save_every": 1000, "num_prompts": 0, "log_every": 10, "target_loss": 0}
+    flags = {"steps": 150, "save_every": 1000, "num_prompts": 0, "log_every": 10, "target_loss": 0}
     process = start(*tiny_flags(tmp_path / "out", **flags))
     for line in process.stdout:
         if line.startswith("step 20/"):
@@ -73,7 +73,7 @@ def test_a_signal_ends_the_run_after_a_checkpoint_and_resuming_loses_nothing(tmp
     assert (process.returncode, stderr) == (code, "")
     assert "Ended: interrupted at step" in rest and "To train on: python train.py --resume" in rest
     record = json.loads((tmp_path / "out" / "run.json").read_text())
-    assert record["ended"] == "interrupted" and 20 <= record["steps"] < 400
+    assert record["ended"] == "interrupted" and 20 <= record["steps"] < 150
     assert train.load_checkpoint(tmp_path / "out" / "checkpoints" / "last.pt")["step"] == record["steps"]
     last = str(tmp_path / "out" / "checkpoints" / "last.pt")
     assert run("--resume", last)[0] == 0  # all else comes from the checkpoint
