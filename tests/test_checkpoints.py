@@ -96,14 +96,16 @@ def test_a_snapshot_is_of_its_moment(tmp_path, monkeypatch):
     """What changes after save() returned doesn't reach the file; tied weights are written once."""
     go_on, real = threading.Event(), train.save_checkpoint
     monkeypatch.setattr(train, "save_checkpoint", lambda *args, **options: (go_on.wait(60), real(*args, **options)))
-    writer, state = make_writer(tmp_path), a_state()
+    writer, state = make_writer(tmp_path), a_state() | {"losses": torch.ones(3)}
     writer.save(state, best=5.0)
+    state["losses"].zero_()
     state["model"]["wte"].fill_(-1)
     state["optimizer"]["state"][0]["exp_avg"].zero_()
     state["step"] = 2
     go_on.set()
     writer.wait()
     saved = train.load_checkpoint(tmp_path / "checkpoints" / "last.pt")
+    assert saved["losses"].tolist() == [1, 1, 1]
     assert saved["step"] == 1 and saved["optimizer"]["groups"] == [(1, "x"), None]
     assert (saved["model"]["head"] == 1).all() and (saved["optimizer"]["state"][0]["exp_avg"] == 2).all()
     assert (tmp_path / "checkpoints" / "last.pt").stat().st_size < 2.5 * 4 * (1 << 19)
