@@ -113,6 +113,22 @@ def test_a_snapshot_is_of_its_moment(tmp_path, monkeypatch):
     assert (best["model"]["wte"] == 1).all() and "optimizer" not in best and writer.best == 5.0
 
 
+def test_rows_reach_the_disk_before_the_checkpoint_behind_them(tmp_path, monkeypatch):
+    writer, synced, real = make_writer(tmp_path), [], train.sync_file
+    writer.run_dir.metrics.write_text("rows")
+    monkeypatch.setattr(train, "sync_file", lambda handle: (synced.append(os.fstat(handle).st_ino), real(handle)))
+    writer.save(a_state(), best=None)
+    writer.wait()
+    assert synced == [path.stat().st_ino for path in (writer.run_dir.metrics, writer.run_dir.last)]
+
+
+def test_what_a_killed_run_left_half_written_is_removed(out):
+    for name in ("checkpoints/last.pt.0.part", "checkpoints/previous.pt.part", "run.json.0.part"):
+        (out / name).write_bytes(b"half")
+    assert train.main(["--resume", str(out / "checkpoints" / "last.pt"), "--steps", "31"]) == 0
+    assert not list(out.rglob("*.part"))
+
+
 def test_the_copies_are_used_again(tmp_path):
     writer, state = make_writer(tmp_path), a_state()
     for step in range(3):
