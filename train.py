@@ -1285,7 +1285,7 @@ class CheckpointWriter:
     bytes a parameter. A write that fails is logged at once and leaves the old files; the next save tries anew."""
 
     def __init__(self, run_dir: RunDirectory, log: logging.Logger, device: torch.device, best: float):
-        self.run_dir, self.log, self.device = run_dir, log, device
+        self.run_dir, self.log = run_dir, log
         self.best = best  # the avg_loss that best.pt on the disk has
         self.failure: RunError | None = None  # of the last write
         self.thread: threading.Thread | None = None
