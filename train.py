@@ -141,6 +141,7 @@ class TrainConfig:
     amp: str = flag("auto", "mixed precision: auto explains its choice", choices=("auto", "fp16", "bf16", "off"))
     compile: bool = flag(False, "torch.compile: slower to start, then faster")
     deterministic: bool = flag(False, "only kernels that give the same bits each time; slower on CUDA")
+    no_mfu: bool = flag(False, "save the half second in which a CPU's limit is measured; mfu is then unknown")
 
     def validate(self, unreadable: Sequence[str] = ()) -> None:
         """Raises UsageError with every problem of the settings at once, each with its remedy. Rules that compare
@@ -163,7 +164,7 @@ class TrainConfig:
 
     def conflicts(self) -> Iterator[tuple[str, str]]:
         """Yields (settings that don't go together, what to do about it)."""
-        c, width = self, max(1, round(self.n_embd / self.n_head)) * self.n_head
+        c, width = self, max(1, (self.n_embd + self.n_head // 2) // self.n_head) * self.n_head
         if c.n_embd % c.n_head:
             yield "n_embd n_head", f"n_embd {c.n_embd} isn't divisible by n_head {c.n_head}: try {width}"
         if c.seq_len > c.block_size:
@@ -498,7 +499,7 @@ class GPTConfig:
 class CausalSelfAttention(nn.Module):
     """Each position gathers from the positions up to itself, n_head times in parallel."""
 
-    explicit_mask = False  # set by check_causality on devices whose is_causal=True isn't causal
+    by_products: bool | None = None  # None: on CPUs; True: set by check_causality where torch's own kernel isn't causal
 
     def __init__(self, config: GPTConfig):
         super().__init__()
@@ -515,14 +516,31 @@ class CausalSelfAttention(nn.Module):
             if cache:
                 k, v = torch.cat((cache["k"], k), dim=2), torch.cat((cache["v"], v), dim=2)
             cache["k"], cache["v"] = k, v
-        past = k.size(2) - T
-        mask = None
-        if T > 1 and (past or self.explicit_mask):  # row t sees the past and columns up to t
-            mask = torch.ones(T, past + T, dtype=torch.bool, device=x.device).tril(past)
-        y = F.scaled_dot_product_attention(
-            q, k, v, mask, dropout_p=self.dropout if self.training else 0.0, is_causal=mask is None and T > 1
-        )
+        dropout, by_products = self.dropout if self.training else 0.0, self.by_products
+        if by_products is None:
+            by_products = x.device.type == "cpu"
+        if T > 1 and (by_products or k.size(2) > T):
+            y = attention_by_products(q, k, v, dropout)
+        else:
+            y = F.scaled_dot_product_attention(q, k, v, dropout_p=dropout, is_causal=T > 1)
         return self.resid_dropout(self.c_proj(y.transpose(1, 2).reshape(B, T, C)))
+
+
+def attention_by_products(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, dropout: float) -> torch.Tensor:
+    """Causal attention of the last T positions of S: q (B, H, T, D), k and v (B, H, S, D) -> (B, H, T, D).
+
+    On CPUs with native bf16, plain products take 40 to 60% of the time of torch's own kernel, forward and backward
+    together. Blocks of 256 queries, each against no more keys than its last query sees, save work where T is long."""
+    (B, H, T, D), past = q.shape, k.size(2) - q.size(2)
+    q, k, v = (t.flatten(0, 1) for t in (q, k, v))
+    blocks = []
+    for start in range(0, T, 256):
+        block = q[:, start : start + 256]
+        seen = past + start + block.size(1)
+        mask = q.new_full((block.size(1), seen), -math.inf).triu(past + start + 1)  # row t sees columns up to its own
+        scores = torch.baddbmm(mask, block, k[:, :seen].transpose(1, 2), alpha=1 / math.sqrt(D))
+        blocks.append(F.dropout(scores.softmax(dim=-1), dropout) @ v[:, :seen])
+    return torch.cat(blocks, dim=1).unflatten(0, (B, H))
 
 
 class MLP(nn.Module):
@@ -552,6 +570,48 @@ class Block(nn.Module):
     def forward(self, x: torch.Tensor, cache: dict | None = None) -> torch.Tensor:
         x = x + self.attn(self.ln_1(x), cache)
         return x + self.mlp(self.ln_2(x))
+
+
+class LinearCrossEntropy(torch.autograd.Function):
+    """Mean cross-entropy of the head, F.cross_entropy(x @ weight.T, targets), without the logits of all rows at once:
+    50,257 of them a row, in fp32 and with their gradients, would take more memory than the rest of the model.
+
+    A chunk of rows makes its logits, its loss and, since these need nothing from behind the loss, its gradients in one
+    go (Hsu et al. 2024, "Liger Kernel"); backward only scales them. Products run in `dtype`, softmax and sums in fp32.
+    """
+
+    @staticmethod
+    def forward(ctx, x, weight, targets, dtype):
+        """x (N, C), weight (V, C), targets (N,) of class ids or -1 for rows that don't count -> loss, in nats."""
+        V, differentiate = weight.size(0), x.requires_grad
+        # Processors and GPUs multiply aligned sizes faster: 50,257 becomes 50,304. Padding has no probability.
+        w = weight.new_zeros(-(-V // 64) * 64, weight.size(1), dtype=dtype)
+        w[:V] = weight
+        counts = targets >= 0
+        number, total, dx, dw = counts.sum(), 0.0, [], None
+        rows = 512 if x.device.type == "cpu" else 4096
+        for xc, tc, counted in zip(x.to(dtype).split(rows), targets.split(rows), counts.split(rows), strict=True):
+            logits = xc @ w.t()
+            logits[:, V:] = -math.inf
+            p = F.softmax(logits, dim=-1, dtype=torch.float32)
+            t, counted = tc.clamp(min=0)[:, None], counted[:, None].float()
+            # A probability below the smallest float is a loss of 87 nats, not an infinite one.
+            total -= (p.gather(1, t).clamp(min=torch.finfo(p.dtype).tiny).log() * counted).sum()
+            if differentiate:  # d loss / d logits = (p - one-hot) / number of rows, which is left to backward
+                logits.copy_(p.scatter_add_(1, t, -torch.ones_like(counted)).mul_(counted))
+                dx.append(logits @ w)
+                part = (logits.t() @ (xc / 32))[:V]  # /32: the sum of a frequent token's rows must fit into fp16
+                dw = part.float() if dw is None else dw.add_(part)
+        if differentiate:
+            ctx.save_for_backward(torch.cat(dx), dw, number)
+        ctx.dtypes = x.dtype, weight.dtype
+        return total / number
+
+    @staticmethod
+    def backward(ctx, grad):
+        dx, dw, number = ctx.saved_tensors
+        scale = grad / number
+        return (dx * scale).to(ctx.dtypes[0]), dw.mul_(32 * scale).to(ctx.dtypes[1]), None, None
 
 
 class GPT(nn.Module):
@@ -596,9 +656,16 @@ class GPT(nn.Module):
             x = block(x, cache[i] if cache else None)
         return self.transformer.ln_f(x)
 
-    def forward(self, idx: torch.Tensor, targets: torch.Tensor | None = None):
-        """idx (B, T) -> (logits (B, T, V), loss); the loss is the mean over the targets that aren't -1, in nats."""
-        logits = self.lm_head(self.hidden(idx))
+    def forward(self, idx: torch.Tensor, targets: torch.Tensor | None = None, keep_logits: bool = True):
+        """idx (B, T) -> (logits (B, T, V), loss); the loss is the mean over the targets that aren't -1, in nats.
+        Training needs no logits: without them (None) it takes less memory."""
+        x = self.hidden(idx)
+        if not keep_logits:
+            kind = idx.device.type
+            dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype
+            loss = LinearCrossEntropy.apply(x.flatten(0, 1), self.lm_head.weight, targets.flatten(), dtype)
+            return None, loss
+        logits = self.lm_head(x)
         if targets is None:
             return logits, None
         # log-softmax over 50,257 classes needs fp32, whatever the logits were computed in
@@ -761,7 +828,8 @@ def start_runtime(config: TrainConfig) -> Runtime:
     """Picks device and precision, joins the other processes where torchrun started several."""
     if config.deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS reads it when CUDA starts
-    torch.use_deterministic_algorithms(config.deterministic)
+    if config.deterministic != torch.are_deterministic_algorithms_enabled():  # asking costs nothing, setting a second
+        torch.use_deterministic_algorithms(config.deterministic)
     device = pick_device(config.device)
     amp_dtype, reason = pick_precision(config.amp, device)
     scaler = torch.amp.GradScaler(device.type) if amp_dtype == torch.float16 else None
@@ -801,13 +869,90 @@ def check_causality(model: GPT, runtime: Runtime, seq_len: int) -> str:
     if not leaks_future(model, runtime, seq_len):
         return "a moved token changed no earlier logit"
     for block in model.transformer.h:
-        block.attn.explicit_mask = True
+        block.attn.by_products = True
     if not leaks_future(model, runtime, seq_len):
         return "is_causal attention leaks future tokens on this device, so an explicit mask takes its place"
     runtime.amp_dtype, runtime.scaler = None, None
     if not leaks_future(model, runtime, seq_len):
         return "attention in half precision leaks future tokens on this device, so fp32 takes its place"
     raise RunError(f"attention leaks future tokens on {runtime.device}, even in fp32: use --device cpu")
+
+
+# Dense 16-bit products with fp32 sums, in TFLOP/s: what a card's data sheet (data centre) or its architecture's white
+# paper (GeForce, workstation) says. A card that isn't here, a laptop's or a slice of one has no entry, not a near one.
+GPU_PEAKS = {
+    "B200": 2250,
+    "GH200": 989,
+    "H200": 989,
+    "H200 NVL": 835,
+    "H100": 989,
+    "H100 NVL": 835,
+    "H100 PCIE": 756,
+    "A100": 312,
+    "A100 PCIE": 312,
+    "A40": 150,
+    "A30": 165,
+    "A10": 125,
+    "L40S": 362,
+    "L40": 181,
+    "L4": 121,
+    "T4": 65,
+    "V100": 125,
+    "V100 PCIE": 112,
+    "RTX A6000": 155,
+    "RTX 5090": 209.5,
+    "RTX 4090": 165,
+    "RTX 4080": 97.5,
+    "RTX 3090": 71,
+    "RTX 3080": 59.5,
+    "RTX 3070": 40.6,
+}
+
+
+def gpu_peak(name: str) -> float | None:
+    """FLOP/s of the card that torch.cuda.get_device_name() calls so: "Tesla V100-SXM2-16GB" is GPU_PEAKS' V100."""
+    usual = r"NVIDIA|TESLA|GEFORCE|SXM\d?|\d+GB|HBM\w+"
+    model = " ".join(word for word in re.split("[ -]", name.upper()) if not re.fullmatch(usual, word))
+    return GPU_PEAKS[model] * 1e12 if model in GPU_PEAKS else None
+
+
+@torch.no_grad()
+def matmul_rate(config: GPTConfig, rows: int, dtype: torch.dtype, seconds: float = 0.5) -> float:
+    """FLOP/s of the CPU at the matrix products of training, forward and both backward, with `rows` tokens at a time:
+    each by itself and at its best, in the model's proportions. That is the limit which training can come near."""
+    C, best = config.n_embd, {}
+    sizes = {"qkv": (3 * C, C), "proj": (C, C), "fc": (4 * C, C), "fc_proj": (C, 4 * C), "head": (config.vocab_size, C)}
+    end = time.perf_counter() + seconds
+    for round in range(5):
+        for name, (n_out, n_in) in sizes.items():
+            x, w, y = (torch.ones(shape, dtype=dtype) for shape in ((rows, n_in), (n_out, n_in), (rows, n_out)))
+            for kind, (a, b) in enumerate(((x, w.t()), (y, w), (y.t(), x))):
+                start = time.perf_counter()
+                a @ b
+                best[name, kind] = min(best.get((name, kind), math.inf), time.perf_counter() - start)
+        if round and time.perf_counter() > end:
+            break
+    times = {name: 1 if name == "head" else config.n_layer for name in sizes}
+    work = sum(6 * rows * n_out * n_in * times[name] for name, (n_out, n_in) in sizes.items())
+    return work / sum(duration * times[name] for (name, _), duration in best.items())
+
+
+def find_limit(runtime: Runtime, config: GPTConfig, rows: int, measured: bool) -> tuple[float | None, str]:
+    """(FLOP/s that all processes' devices could reach at most, or None; what that is, in words)."""
+    limit, what = None, "no peak is known of this device in this precision"
+    if runtime.device.type == "cuda" and runtime.amp_dtype:
+        if limit := gpu_peak(torch.cuda.get_device_name(runtime.device)):
+            what = "the card's peak in 16 bits"
+    elif runtime.device.type == "cpu":
+        what = "--no_mfu asks not to measure it"
+        if measured:
+            limit = matmul_rate(config, min(rows, 256), runtime.amp_dtype or torch.float32)
+            what = "the model's matrix products alone, measured just now"
+    if runtime.world_size > 1:  # one that is unknown makes the sum unknown
+        total = torch.tensor(limit or -math.inf, device=runtime.device)
+        dist.all_reduce(total)
+        limit = total.item() if total > 0 else None
+    return limit, what
 
 
 # ======================================================================================================================
@@ -979,6 +1124,7 @@ def lock_file(file) -> None:
 # ======================================================================================================================
 
 CSV_FIELDS = ["step", "epoch", "tokens", "loss", "avg_loss", "best_loss", "lr", "grad_norm", "tok_per_s", "elapsed_s"]
+CSV_FIELDS += ["mfu"]  # at the end, so that older files only lack a column
 RULE = "=" * 80
 ENDINGS = ("target reached", "steps done")  # of a run that has nothing more to do
 CHECKPOINT_FORMAT = 1  # raised when an older program couldn't read a newer file
@@ -1133,7 +1279,9 @@ class RunDirectory:
         rows, blocks = [], []
         if self.metrics.exists():
             rows = [line.split(",") for line in self.metrics.read_text(encoding="utf-8", errors="replace").splitlines()]
-            rows = [r for r in rows if len(r) == len(CSV_FIELDS) and r[0].isdigit() and int(r[0]) <= step]
+            columns = len(rows[0]) if rows and rows[0] == CSV_FIELDS[: len(rows[0])] else len(CSV_FIELDS)
+            rows = [r for r in rows if len(r) == columns and r[0].isdigit() and int(r[0]) <= step]
+            rows = [r + ["unknown"] * (len(CSV_FIELDS) - columns) for r in rows]
             with atomic_write(self.metrics) as f:
                 f.write("".join(",".join(row) + "\n" for row in [CSV_FIELDS, *rows]).encode())
         if self.samples.exists():
@@ -1464,15 +1612,16 @@ class Trainer:
         """Forward and backward over grad_accum micro-batches, then one update. Waits for no device."""
         self.model.train()
         first, losses = self.batcher.position, []
-        for micro in range(self.config.grad_accum):
-            idx, targets = self.batcher.next_batch()
-            if self.parallel:  # gradients travel between processes once a step, with the last micro-batch
-                self.parallel.require_backward_grad_sync = micro == self.config.grad_accum - 1
-            with self.runtime.autocast():
-                loss = self.forward(idx, targets)[1]
-            losses.append(loss.detach())
-            loss = loss / self.config.grad_accum  # so that the summed gradients are those of the mean
-            (self.runtime.scaler.scale(loss) if self.runtime.scaler else loss).backward()
+        with self.runtime.autocast():  # round all micro-batches, so that the weights are cast once a step
+            for micro in range(self.config.grad_accum):
+                idx, targets = self.batcher.next_batch()
+                if self.parallel:  # gradients travel between processes once a step, with the last micro-batch
+                    self.parallel.require_backward_grad_sync = micro == self.config.grad_accum - 1
+                loss = self.forward(idx, targets, keep_logits=False)[1]
+                losses.append(loss.detach())
+                loss = loss / self.config.grad_accum  # so that the summed gradients are those of the mean
+                with torch.autocast(self.runtime.device.type, enabled=False):  # backward has its casts on record
+                    (self.runtime.scaler.scale(loss) if self.runtime.scaler else loss).backward()
         self.record_losses(first, torch.stack(losses))
         self.update_weights()
 
@@ -1562,7 +1711,7 @@ class Trainer:
             repeated = batcher.repeated(i)
             targets = targets.flatten().index_fill(0, torch.arange(repeated, device=targets.device), -1)
             with self.runtime.autocast():
-                total += self.model(idx, targets)[1].item() * (batcher.batch_tokens - repeated)
+                total += self.model(idx, targets, keep_logits=False)[1].item() * (batcher.batch_tokens - repeated)
         return total / batcher.n_targets
 
     def prompts(self) -> list[str]:
@@ -1763,6 +1912,9 @@ class Loop:
         self.start_time, self.clock_start = now(), time.monotonic() - trainer.seconds
         self.window_start, self.window_tokens = time.monotonic(), trainer.tokens()
         self.saved_at = time.monotonic()
+        self.limit: float | None = None  # FLOP/s that the devices could reach
+        # A product and a sum for each weight, forward and twice backward (Kaplan et al. 2020, section 2.1)
+        self.flops_per_token = 6 * sum(trainer.model.parameter_counts().values())
 
     def seconds(self) -> float:
         """Time of this run so far, earlier starts included."""
@@ -1914,13 +2066,16 @@ class Loop:
         moment = time.monotonic()
         rate = (row["tokens"] - self.window_tokens) / max(moment - self.window_start, 1e-9)
         self.window_start, self.window_tokens, self.logged_step = moment, row["tokens"], row["step"]
+        mfu = f"{self.flops_per_token * rate / self.limit:.3f}" if self.limit else "unknown"
         self.log.info(
             "step {step}/{steps} | loss {loss:.6f} | lr {lr:.2e} | tok/s {rate:.1f} | avg_loss {avg_loss:.6f}"
-            " | grad_norm {grad_norm:.3f} | epoch {epoch:.3f}".format(**row, steps=self.trainer.config.steps, rate=rate)
+            " | grad_norm {grad_norm:.3f} | epoch {epoch:.3f} | mfu {mfu}".format(
+                **row, steps=self.trainer.config.steps, rate=rate, mfu=mfu
+            )
             + (f" | skipped {int(self.trainer.skipped.item())}" if self.trainer.runtime.scaler else "")
         )
         if self.main:
-            row = {**row, "tok_per_s": round(rate, 1), "elapsed_s": round(self.seconds(), 3)}
+            row = {**row, "tok_per_s": round(rate, 1), "elapsed_s": round(self.seconds(), 3), "mfu": mfu}
             self.writer.append(self.run_dir.write_row, row)
 
     def save(self, best: bool = True) -> None:
@@ -2009,6 +2164,7 @@ class Loop:
         total = sum(counts.values())
         absent = {"cuda": "it is there", "mps": "there is no CUDA", "cpu": "there is neither CUDA nor MPS"}
         why = absent[t.runtime.device.type] if c.device == "auto" else f"--device {c.device} asks for it"
+        self.limit, what = find_limit(t.runtime, t.model.config, c.batch_size * c.seq_len, measured=not c.no_mfu)
         fused = "in one fused kernel" if t.optimizer.defaults["fused"] else "not fused: this device has no such kernel"
         for line in (
             f"Device: {t.runtime.describe_device()}, because {why}",
@@ -2021,6 +2177,7 @@ class Loop:
             f"Tokens: {len(t.corpus.tokens):,} in {t.batcher.n_batches:,} batches a pass",
             f"Tokens per step: {t.batches_per_step * t.batcher.batch_tokens:,} (batch_size {c.batch_size} x seq_len"
             f" {c.seq_len} x grad_accum {c.grad_accum} x processes {t.runtime.world_size})",
+            f"Limit for mfu: {f'{self.limit / 1e9:,.0f} GFLOP/s' if self.limit else 'unknown'}, {what}",
             f"Causality: {check_causality(t.model, t.runtime, c.seq_len)}",
             f"Saves: every {c.save_every} steps"
             + (f", and {c.save_minutes:g} minutes after the last one" if c.save_minutes else "")

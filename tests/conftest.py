@@ -86,7 +86,7 @@ def rows_of(out_dir) -> list[dict[str, str]]:
 
 
 def without_times(rows: list[dict[str, str]]) -> list[dict[str, str]]:
-    return [{k: v for k, v in row.items() if k not in ("tok_per_s", "elapsed_s")} for row in rows]
+    return [{k: v for k, v in row.items() if k not in ("tok_per_s", "elapsed_s", "mfu")} for row in rows]
 
 
 def weights_of(out_dir) -> dict[str, torch.Tensor]:

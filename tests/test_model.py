@@ -7,6 +7,7 @@ import os
 
 import pytest
 import torch
+import torch.nn.functional as F
 from conftest import PLAY, same_weights
 
 import train
@@ -113,13 +114,87 @@ def test_targets_of_minus_one_do_not_count():
     assert loss.item() == pytest.approx(by_hand.item(), rel=1e-6)
 
 
-def test_an_explicit_mask_gives_the_same_logits():
+@pytest.mark.parametrize("length", [20, 256, 300, 513])
+def test_attention_by_products_is_torchs_own(length):
+    torch.manual_seed(0)
+    q, k, v, grad = (torch.randn(2, 3, length, 8) for _ in range(4))
+    found = []
+    for attend in (
+        lambda q, k, v: F.scaled_dot_product_attention(q, k, v, is_causal=True),
+        lambda q, k, v: train.attention_by_products(q, k, v, 0.0),
+    ):
+        inputs = [t.clone().requires_grad_() for t in (q, k, v)]
+        y = attend(*inputs)
+        y.backward(grad)
+        found.append([y.detach(), *(t.grad for t in inputs)])
+    torch.testing.assert_close(found[1], found[0], atol=1e-5, rtol=1e-4)
+    late = train.attention_by_products(q[:, :, 7:], k, v, 0.0)  # the last queries of a longer sequence
+    torch.testing.assert_close(late, found[0][0][:, :, 7:], atol=1e-5, rtol=1e-4)
+
+
+@torch.no_grad()
+def test_both_ways_of_attention_give_the_same_logits():
     model, idx = small_model(), torch.arange(20).view(1, 20)
-    with torch.no_grad():
-        expected = model(idx)[0]
+    logits = []
+    for by_products in (None, True, False):
         for block in model.transformer.h:
-            block.attn.explicit_mask = True
-        torch.testing.assert_close(model(idx)[0], expected, atol=1e-4, rtol=1e-4)
+            block.attn.by_products = by_products
+        logits.append(model(idx)[0])
+    assert torch.equal(logits[0], logits[1])  # a CPU's own choice
+    torch.testing.assert_close(logits[2], logits[1], atol=1e-4, rtol=1e-4)
+
+
+def head_by_hand(x, weight, targets, dtype):
+    """Loss and gradients of the plain head."""
+    x, weight = x.detach().requires_grad_(), weight.detach().requires_grad_()
+    logits = x.to(dtype) @ weight.to(dtype).t()
+    loss = F.cross_entropy(logits.float(), targets, ignore_index=-1)
+    (3 * loss).backward()
+    return loss.detach(), x.grad, weight.grad
+
+
+@pytest.mark.parametrize(
+    ("dtype", "loss_error", "gradient_error"),
+    [(torch.float32, 1e-6, 1e-5), (torch.bfloat16, 1e-5, 1e-2), (torch.float16, 1e-5, 1e-2)],
+)
+@pytest.mark.parametrize("rows", [1, 5, 512, 700, 1300])
+def test_the_chunked_head_has_the_loss_and_the_gradients_of_the_plain_one(rows, dtype, loss_error, gradient_error):
+    torch.manual_seed(rows)
+    x, weight = torch.randn(rows, 32, requires_grad=True), torch.randn(517, 32, requires_grad=True)
+    targets = torch.randint(517, (rows,))
+    targets[1::3] = -1  # as the proof has them, for targets that a batch repeats
+    loss = train.LinearCrossEntropy.apply(x, weight, targets, dtype)
+    (3 * loss).backward()
+    expected = head_by_hand(x, weight, targets, dtype)
+    assert loss.item() == pytest.approx(expected[0].item(), rel=loss_error)
+    for mine, plain in ((x.grad, expected[1]), (weight.grad, expected[2])):
+        assert mine.dtype == torch.float32
+        assert (mine - plain).norm() <= gradient_error * plain.norm()
+    with torch.no_grad():
+        assert train.LinearCrossEntropy.apply(x, weight, targets, dtype).item() == loss.item()
+
+
+def test_the_chunked_head_has_a_finite_loss_where_a_probability_is_zero():
+    x, weight = torch.tensor([[1000.0]], requires_grad=True), torch.tensor([[1.0], [-1.0]], requires_grad=True)
+    loss = train.LinearCrossEntropy.apply(x, weight, torch.tensor([1]), torch.float32)
+    loss.backward()
+    assert 87 < loss.item() < 88
+    assert x.grad.item() == pytest.approx(2.0)
+
+
+def test_a_loss_without_logits_is_the_same_loss():
+    model, idx = small_model(), torch.arange(40).view(2, 20)
+    logits, loss = model(idx, idx + 1)
+    assert logits.shape[:2] == (2, 20)
+    loss.backward()
+    gradients = {name: p.grad.clone() for name, p in model.named_parameters()}
+    model.zero_grad()
+    nothing, same = model(idx, idx + 1, keep_logits=False)
+    same.backward()
+    assert nothing is None
+    assert same.item() == pytest.approx(loss.item(), rel=1e-6)
+    for name, p in model.named_parameters():
+        torch.testing.assert_close(p.grad, gradients[name], atol=1e-5, rtol=1e-3, msg=name)
 
 
 @torch.no_grad()

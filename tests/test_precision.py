@@ -69,8 +69,9 @@ def test_sound_attention_passes(model, seq_len, amp_dtype):
     assert train.check_causality(model, runtime(amp_dtype), seq_len) == "a moved token changed no earlier logit"
 
 
-def leaky(q, k, v, mask=None, *, is_causal=False, **options):
+def leaky(q, k, v, *, is_causal=False, **options):
     """What MPS did in half precision: one causal mask for each group of four queries, that of the last one."""
+    mask = None
     if is_causal:
         rows = torch.arange(q.size(2)) // 4 * 4 + 3
         mask, is_causal = torch.arange(k.size(2))[None, :] <= rows[:, None], False
@@ -80,25 +81,104 @@ def leaky(q, k, v, mask=None, *, is_causal=False, **options):
 SOUND = F.scaled_dot_product_attention
 
 
+@pytest.fixture
+def kernel_model(model):
+    """A model that attends by torch's kernel, as on a GPU."""
+    for block in model.transformer.h:
+        block.attn.by_products = False
+    return model
+
+
 @pytest.mark.parametrize("seq_len", [8, 17, 32])
-def test_a_leak_within_groups_of_four_is_found_and_masked(model, monkeypatch, seq_len):
+def test_a_leak_within_groups_of_four_is_found_and_masked(kernel_model, monkeypatch, seq_len):
     monkeypatch.setattr(F, "scaled_dot_product_attention", leaky)
-    assert train.leaks_future(model, runtime(), seq_len)
-    assert "explicit mask" in train.check_causality(model, runtime(), seq_len)
-    assert not train.leaks_future(model, runtime(), seq_len)
+    assert train.leaks_future(kernel_model, runtime(), seq_len)
+    assert "explicit mask" in train.check_causality(kernel_model, runtime(), seq_len)
+    assert not train.leaks_future(kernel_model, runtime(), seq_len)
 
 
 def test_a_leak_in_half_precision_falls_back_to_fp32(model, monkeypatch):
-    def leaky_in_half(q, k, v, mask=None, **options):
-        return SOUND(q, k, v, mask, **options) if q.dtype == torch.float32 else SOUND(q, k, v)
+    sound = train.attention_by_products
 
-    monkeypatch.setattr(F, "scaled_dot_product_attention", leaky_in_half)
+    def leaky_in_half(q, k, v, dropout):
+        return sound(q, k, v, dropout) if q.dtype == torch.float32 else SOUND(q, k, v)
+
+    monkeypatch.setattr(train, "attention_by_products", leaky_in_half)
     half = runtime(torch.bfloat16)
     assert "fp32" in train.check_causality(model, half, 16)
     assert half.amp_dtype is None
 
 
 def test_a_leak_that_nothing_stops_ends_the_run(model, monkeypatch):
-    monkeypatch.setattr(F, "scaled_dot_product_attention", lambda q, k, v, mask=None, **options: SOUND(q, k, v))
+    monkeypatch.setattr(train, "attention_by_products", lambda q, k, v, dropout: SOUND(q, k, v))
     with pytest.raises(train.RunError, match="leaks future tokens"):
         train.check_causality(model, runtime(), 16)
+
+
+# ---- how fast the device could be ----
+
+
+@pytest.mark.parametrize(
+    ("name", "peak"),
+    [
+        ("Tesla V100-SXM2-16GB", 125e12),
+        ("Tesla V100-PCIE-32GB", 112e12),
+        ("NVIDIA A100-SXM4-80GB", 312e12),
+        ("NVIDIA A100 80GB PCIe", 312e12),
+        ("NVIDIA H100 80GB HBM3", 989e12),
+        ("NVIDIA H100 PCIe", 756e12),
+        ("NVIDIA H200", 989e12),
+        ("Tesla T4", 65e12),
+        ("NVIDIA L4", 121e12),
+        ("NVIDIA L40S", 362e12),
+        ("NVIDIA GeForce RTX 4090", 165e12),
+        ("NVIDIA GeForce RTX 3080", 59.5e12),
+    ],
+)
+def test_the_peak_of_a_card_is_found_by_its_name(name, peak):
+    assert train.gpu_peak(name) == pytest.approx(peak)
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "NVIDIA GeForce RTX 4090 Laptop GPU",
+        "NVIDIA GeForce RTX 3080 Ti",
+        "NVIDIA H100 80GB HBM3 MIG 1g.10gb",
+        "NVIDIA GeForce GTX 1080",
+        "AMD Instinct MI300X",
+        "",
+    ],
+)
+def test_no_card_has_the_peak_of_one_that_is_called_nearly_so(name):
+    assert train.gpu_peak(name) is None
+
+
+def test_the_limit_of_a_cpu_is_the_rate_of_its_products(monkeypatch):
+    """By a clock on which each product takes a second: 15 products, 12 of them once in each of the 3 layers."""
+    ticks = iter(range(10**6))
+    monkeypatch.setattr(train.time, "perf_counter", lambda: next(ticks))
+    config = train.GPTConfig(n_layer=3, n_embd=4, n_head=1, vocab_size=10)
+    work = 6 * 7 * (3 * 12 * 4 * 4 + 10 * 4)
+    assert train.matmul_rate(config, 7, torch.float32) == pytest.approx(work / (3 * 12 + 3))
+
+
+def test_a_limit_is_measured_on_a_cpu_unless_it_is_not_wanted():
+    config = train.GPTConfig(n_layer=1, n_embd=16, n_head=1)
+    limit, what = train.find_limit(runtime(), config, 64, measured=True)
+    assert limit > 1e6
+    assert "measured" in what
+    limit, what = train.find_limit(runtime(), config, 64, measured=False)
+    assert limit is None
+    assert "--no_mfu" in what
+
+
+@pytest.mark.parametrize(
+    ("name", "dtype", "limit"),
+    [("NVIDIA H200", torch.float16, 989e12), ("NVIDIA H200", None, None), ("Some GPU", torch.float16, None)],
+)
+def test_a_gpu_is_never_measured(monkeypatch, name, dtype, limit):
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: name)
+    monkeypatch.setattr(train, "matmul_rate", lambda *args: pytest.fail("measured"))
+    on_gpu = train.Runtime(torch.device("cuda"), dtype, None, "")
+    assert train.find_limit(on_gpu, train.GPTConfig(), 64, measured=True)[0] == limit

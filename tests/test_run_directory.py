@@ -61,7 +61,7 @@ def test_the_log_opens_with_what_decides_the_run_and_closes_with_its_end(finishe
 def test_the_csv_has_a_row_each_log(finished):
     rows = rows_of(finished)
     assert (finished / "logs" / "train_metrics.csv").read_text().splitlines()[0] == (
-        "step,epoch,tokens,loss,avg_loss,best_loss,lr,grad_norm,tok_per_s,elapsed_s"
+        "step,epoch,tokens,loss,avg_loss,best_loss,lr,grad_norm,tok_per_s,elapsed_s,mfu"
     )
     assert [row["step"] for row in rows] == ["1", "8", "16", "20"]
     assert [row["tokens"] for row in rows] == ["64", "512", "1024", "1280"]
@@ -69,6 +69,38 @@ def test_the_csv_has_a_row_each_log(finished):
     assert all(math.isfinite(float(value)) for row in rows for value in row.values())
     elapsed = [float(row["elapsed_s"]) for row in rows]
     assert elapsed == sorted(elapsed)
+
+
+def test_mfu_is_the_share_of_the_limit_in_log_and_csv(finished):
+    """6 x parameters x tok/s of the limit that the log's opening states."""
+    log = (finished / "logs" / "train.log").read_text()
+    limit = 1e9 * float(re.search(r"Limit for mfu: ([\d,]+) GFLOP/s", log)[1].replace(",", ""))
+    parameters = json.loads((finished / "run.json").read_text())["parameters"]
+    rows = rows_of(finished)
+    for row in rows:
+        share = 6 * parameters * float(row["tok_per_s"]) / limit
+        assert float(row["mfu"]) == pytest.approx(share, rel=0.5 / (limit / 1e9) + 0.01, abs=0.001)
+    assert re.findall(r"step .* \| mfu (\S+)$", log, re.M) == [row["mfu"] for row in rows]
+
+
+def test_an_unknown_limit_is_called_so(tiny, tmp_path):
+    train.train(tiny(no_mfu=True))
+    assert {row["mfu"] for row in rows_of(tmp_path / "out")} == {"unknown"}
+    log = (tmp_path / "out" / "logs" / "train.log").read_text()
+    assert "Limit for mfu: unknown, --no_mfu" in log
+    assert " | mfu unknown\n" in log
+
+
+def test_rows_of_an_older_file_without_mfu_stay(tiny, tmp_path):
+    train.train(tiny(steps=4, save_every=2))
+    file = tmp_path / "out" / "logs" / "train_metrics.csv"
+    before = rows_of(tmp_path / "out")
+    file.write_text("".join(line.rsplit(",", 1)[0] + "\n" for line in file.read_text().splitlines()))
+    train.train(tiny(steps=6, save_every=2, resume="auto"))
+    rows = rows_of(tmp_path / "out")
+    assert [row["step"] for row in rows] == ["1", "2", "3", "4", "5", "6"]
+    assert [row["loss"] for row in rows[:4]] == [row["loss"] for row in before]
+    assert [row["mfu"] for row in rows[:4]] == ["unknown"] * 4
 
 
 def test_samples_stand_in_blocks(finished):
@@ -132,7 +164,7 @@ def test_best_pt_holds_the_lowest_avg_loss_of_a_save(tiny, tmp_path, monkeypatch
 
 def test_a_compiler_that_fails_is_one_sentence(tiny, monkeypatch):
     def no_compiler(model):
-        def fail(*args):
+        def fail(*args, **kwargs):
             raise RuntimeError("No working C++ compiler found\nand much more")
 
         return fail

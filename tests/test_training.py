@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import collections
 import io
 import itertools
 import json
@@ -15,6 +16,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import PLAY, ROOT, rows_of, same_weights, tiny_flags, weights_of, without_times
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import train
 
@@ -36,6 +38,81 @@ def test_accumulation_divides_right(tiny, make_trainer):
     for a, b in zip(at_once.model.parameters(), in_parts.model.parameters(), strict=True):
         torch.testing.assert_close(a, b, atol=2e-6, rtol=1e-4)
     assert at_once.tokens() == in_parts.tokens() == 256
+
+
+class CountCasts(TorchDispatchMode):
+    """Counts what is made bf16, by shape."""
+
+    def __init__(self):
+        super().__init__()
+        self.counts = collections.Counter()
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        if function is torch.ops.aten._to_copy.default and kwargs.get("dtype") == torch.bfloat16:
+            self.counts[tuple(args[0].shape)] += 1
+        return function(*args, **(kwargs or {}))
+
+
+def test_weights_are_cast_once_a_step(tiny, make_trainer):
+    trainer = make_trainer(tiny(amp="bf16", grad_accum=3, seq_len=24))
+    with CountCasts() as casts:
+        trainer.train_step()
+        assert casts.counts[64, 16] == trainer.config.n_layer  # c_fc of each block
+        trainer.train_step()
+        assert casts.counts[64, 16] == 2 * trainer.config.n_layer  # anew after each update
+
+
+def test_accumulation_in_bf16_sums_the_gradients_of_its_micro_batches(tiny, make_trainer):
+    """To the bit: holding the casts changes nothing."""
+    held = make_trainer(tiny(amp="bf16", grad_accum=3, clip_grad=0.0))
+    plain = make_trainer(tiny(amp="bf16", grad_accum=3, clip_grad=0.0))
+    held.optimizer.register_step_pre_hook(
+        lambda *_: gradients.append([p.grad.clone() for p in held.model.parameters()])
+    )
+    gradients = []
+    held.train_step()
+    for _ in range(3):
+        with torch.autocast("cpu", torch.bfloat16):
+            loss = plain.model(*plain.batcher.next_batch(), keep_logits=False)[1]
+        (loss / 3).backward()
+    for mine, p in zip(gradients[0], plain.model.parameters(), strict=True):
+        assert torch.equal(mine, p.grad)
+
+
+@pytest.mark.parametrize("compiled", [False, True])
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_a_step_waits_for_no_gpu(tiny, make_trainer, compiled):
+    trainer = make_trainer(tiny(device="cuda", amp="auto", grad_accum=2, compile=compiled, clip_grad=1.0))
+    for _ in range(3):
+        trainer.train_step()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        for _ in range(3):
+            trainer.train_step()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
+def test_a_step_reads_no_value_back(tiny, make_trainer):
+    """What would make a GPU wait: nothing in a step asks a tensor for its value."""
+    trainer = make_trainer(tiny(grad_accum=2))
+
+    class NoReads(TorchDispatchMode):
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            assert function is not torch.ops.aten._local_scalar_dense.default, "a value was read"
+            return function(*args, **(kwargs or {}))
+
+    with NoReads():
+        trainer.train_step()
+        with pytest.raises(AssertionError, match="a value was read"):
+            trainer.step_loss.item()
+
+
+def test_the_model_compiles_into_one_graph():
+    model = train.GPT(train.GPTConfig(block_size=32, vocab_size=50, n_layer=1, n_head=1, n_embd=8))
+    idx = torch.arange(32).view(2, 16)
+    explanation = torch._dynamo.explain(model)(idx, idx + 1, keep_logits=False)
+    assert explanation.graph_break_count == 0
 
 
 def test_a_step_reports_the_mean_over_its_micro_batches(tiny, make_trainer):
