@@ -62,6 +62,7 @@ import torch
 import torch.distributed as dist
 import torch.nn as nn
 import torch.nn.functional as F
+import torch.utils.checkpoint
 from tqdm import tqdm
 
 HERE = Path(__file__).resolve().parent
@@ -139,6 +140,7 @@ class TrainConfig:
 
     device: str = flag("auto", "auto: CUDA, else MPS, else CPU", "Machine", choices=("auto", "cpu", "cuda", "mps"))
     amp: str = flag("auto", "mixed precision: auto explains its choice", choices=("auto", "fp16", "bf16", "off"))
+    grad_checkpoint: bool = flag(False, "keep fewer activations, compute them again: less memory, a third slower")
     compile: bool = flag(False, "torch.compile: slower to start, then faster")
     deterministic: bool = flag(False, "only kernels that give the same bits each time; slower on CUDA")
     no_mfu: bool = flag(False, "save the half second in which a CPU's limit is measured; mfu is then unknown")
@@ -617,6 +619,8 @@ class LinearCrossEntropy(torch.autograd.Function):
 class GPT(nn.Module):
     """GPT-2, with its own parameter names: other GPT-2s' weights map onto it, their Conv1D matrices transposed."""
 
+    grad_checkpoint = False  # keep only each block's input, and compute the rest again for the gradients
+
     def __init__(self, config: GPTConfig, generator: torch.Generator | None = None):
         super().__init__()
         self.config = config
@@ -653,7 +657,10 @@ class GPT(nn.Module):
         x = self.transformer.wte(idx) + self.transformer.wpe.weight[past:end]
         x = self.transformer.drop(x)
         for i, block in enumerate(self.transformer.h):
-            x = block(x, cache[i] if cache else None)
+            if self.grad_checkpoint and torch.is_grad_enabled():
+                x = torch.utils.checkpoint.checkpoint(block, x, use_reentrant=False)
+            else:
+                x = block(x, cache[i] if cache else None)
         return self.transformer.ln_f(x)
 
     def forward(self, idx: torch.Tensor, targets: torch.Tensor | None = None, keep_logits: bool = True):
@@ -1583,6 +1590,7 @@ class Trainer:
         # A generator of its own: initial weights are a function of the seed and the shape, and of nothing else.
         generator = torch.Generator().manual_seed(config.seed)
         self.model = GPT(GPTConfig(vocab_size=tokenizer.vocab_size, **shape), generator).to(runtime.device)
+        self.model.grad_checkpoint = config.grad_checkpoint
         torch.manual_seed(config.seed + runtime.rank)  # dropout, another one in each process
         random.seed(config.seed)
         np.random.seed(config.seed)
