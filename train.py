@@ -24,6 +24,7 @@ after a checkpoint.
 from __future__ import annotations
 
 import argparse
+import collections
 import contextlib
 import ctypes
 import dataclasses
@@ -43,6 +44,7 @@ import re
 import shlex
 import shutil
 import signal
+import statistics
 import subprocess
 import sys
 import threading
@@ -680,20 +682,28 @@ class GPT(nn.Module):
         return logits, loss
 
     @torch.no_grad()
-    def stream(self, idx, max_new_tokens, temperature=1.0, top_k=0, generator=None) -> Iterator[torch.Tensor]:
-        """Yields max_new_tokens times the next token of each row, (B, 1), given the rows so far, (B, T) with T >= 1.
+    def stream(
+        self, idx, max_new_tokens, temperature=1.0, top_k=0, generator=None, lengths=None
+    ) -> Iterator[torch.Tensor]:
+        """Yields the next token of each row, (B, 1), given the rows so far, (B, T) with T >= 1, until each row has
+        max_new_tokens more. Where `lengths` (B,) says that rows are shorter than T, it begins behind the shortest one,
+        and yields a longer row's own tokens until that ends.
 
         Keys and values of earlier tokens are cached, so a token costs one position's work. When the context is full,
         its newer half is read again and becomes the start of the next one."""
-        size = self.config.block_size
-        idx, cache, fresh = idx[:, -size:], [{} for _ in self.transformer.h], idx[:, -size:]
-        for _ in range(max_new_tokens):
-            if idx.size(1) > size:
-                idx = fresh = idx[:, -max(1, size // 2) :]
+        size, end = self.config.block_size, idx.size(1) + max_new_tokens
+        start = idx.size(1) if lengths is None else int(lengths.min())
+        rows, cache = idx[:, max(0, start - size) : start], [{} for _ in self.transformer.h]
+        fresh = rows
+        for position in range(start, end):
+            if rows.size(1) > size:
+                rows = fresh = rows[:, -max(1, size // 2) :]
                 cache = [{} for _ in self.transformer.h]
             logits = self.lm_head(self.hidden(fresh, cache)[:, -1]).float().cpu()
             fresh = pick_token(logits, temperature, top_k, generator).to(idx.device)
-            idx = torch.cat((idx, fresh), dim=1)
+            if position < idx.size(1):  # never so where all rows are of one length
+                fresh = torch.where((lengths > position)[:, None], idx[:, position, None], fresh)
+            rows = torch.cat((rows, fresh), dim=1)
             yield fresh
 
     def generate(self, idx, max_new_tokens, temperature=1.0, top_k=0, generator=None) -> torch.Tensor:
@@ -926,22 +936,23 @@ def gpu_peak(name: str) -> float | None:
 @torch.no_grad()
 def matmul_rate(config: GPTConfig, rows: int, dtype: torch.dtype, seconds: float = 0.5) -> float:
     """FLOP/s of the CPU at the matrix products of training, forward and both backward, with `rows` tokens at a time:
-    each by itself and at its best, in the model's proportions. That is the limit which training can come near."""
-    C, best = config.n_embd, {}
+    each by itself, the median of several, in the model's proportions. That is what training can come near."""
+    C, times = config.n_embd, collections.defaultdict(list)
     sizes = {"qkv": (3 * C, C), "proj": (C, C), "fc": (4 * C, C), "fc_proj": (C, 4 * C), "head": (config.vocab_size, C)}
     end = time.perf_counter() + seconds
-    for round in range(5):
+    for round in range(12):
         for name, (n_out, n_in) in sizes.items():
             x, w, y = (torch.ones(shape, dtype=dtype) for shape in ((rows, n_in), (n_out, n_in), (rows, n_out)))
             for kind, (a, b) in enumerate(((x, w.t()), (y, w), (y.t(), x))):
                 start = time.perf_counter()
                 a @ b
-                best[name, kind] = min(best.get((name, kind), math.inf), time.perf_counter() - start)
+                times[name, kind].append(time.perf_counter() - start)
         if round and time.perf_counter() > end:
             break
-    times = {name: 1 if name == "head" else config.n_layer for name in sizes}
-    work = sum(6 * rows * n_out * n_in * times[name] for name, (n_out, n_in) in sizes.items())
-    return work / sum(duration * times[name] for (name, _), duration in best.items())
+    count = {name: 1 if name == "head" else config.n_layer for name in sizes}
+    work = sum(6 * rows * n_out * n_in * count[name] for name, (n_out, n_in) in sizes.items())
+    # The first of each also sets up, so it doesn't count.
+    return work / sum(statistics.median(found[1:]) * count[name] for (name, _), found in times.items())
 
 
 def find_limit(runtime: Runtime, config: GPTConfig, rows: int, measured: bool) -> tuple[float | None, str]:
@@ -1732,16 +1743,20 @@ class Trainer:
     def sample(self, poll: Callable[[], None]) -> list[tuple[str, str]]:
         """(prompt, continuation) of each prompt, from a random generator of its own."""
         self.model.eval()
-        config, texts = self.config, []
-        generator = torch.Generator().manual_seed(config.seed + self.step)
-        for prompt in self.prompts():
-            idx = torch.tensor([self.tokenizer.encode(prompt)], device=self.runtime.device)
-            new = []
-            with self.runtime.autocast():  # round the whole sample, so that it casts the weights once
-                for token in self.model.stream(idx, config.max_new_tokens, config.temperature, config.top_k, generator):
-                    poll()
-                    new.append(token.item())
-            texts.append((prompt, self.tokenizer.decode(new).rstrip("\ufffd")))  # no half character at the end
+        config, prompts, device = self.config, self.prompts(), self.runtime.device
+        encoded = [torch.tensor(self.tokenizer.encode(prompt)[-config.block_size :]) for prompt in prompts]
+        lengths = torch.tensor([len(row) for row in encoded])
+        rows = nn.utils.rnn.pad_sequence(encoded, batch_first=True).to(device)
+        generator, new = torch.Generator().manual_seed(config.seed + self.step), []
+        options = (config.max_new_tokens, config.temperature, config.top_k, generator, lengths.to(device))
+        with self.runtime.autocast():  # round the whole sample, so that it casts the weights once
+            for tokens in self.model.stream(rows, *options):
+                poll()
+                new.append(tokens.cpu())
+        texts, new = [], torch.cat(new, dim=1)
+        for prompt, row, begin in zip(prompts, new, lengths - lengths.min(), strict=True):
+            text = self.tokenizer.decode(row[begin : begin + config.max_new_tokens].tolist())
+            texts.append((prompt, text.rstrip("\ufffd")))  # no half character at the end
         return texts
 
     # ---- checkpoints ----
@@ -2387,7 +2402,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         words = ("can't allocate memory", "out of memory")
         if not isinstance(e, torch.OutOfMemoryError | MemoryError) and not any(word in str(e) for word in words):
             raise
-        print("train.py: the memory is full: lower --batch_size, --seq_len or the model's size", file=sys.stderr)
+        print(
+            "train.py: the memory is full: lower --batch_size or --seq_len, or add --grad_checkpoint", file=sys.stderr
+        )
     except OSError as e:
         print(f"train.py: {e.strerror or e} ({e.filename or 'no file named'})", file=sys.stderr)
     except KeyboardInterrupt:

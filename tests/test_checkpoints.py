@@ -894,7 +894,7 @@ def test_a_full_memory_is_one_sentence_that_names_the_flag(tmp_path, monkeypatch
     monkeypatch.setattr(train.Trainer, "train_step", full)
     assert train.main(tiny_flags(tmp_path / "out")) == 1
     err = capsys.readouterr().err
-    assert err == "train.py: the memory is full: lower --batch_size, --seq_len or the model's size\n"
+    assert err == "train.py: the memory is full: lower --batch_size or --seq_len, or add --grad_checkpoint\n"
     assert json.loads((tmp_path / "out" / "run.json").read_text())["ended"].startswith("failed: ")
 
 

@@ -243,3 +243,43 @@ def test_dropout_acts_in_training_only():
         assert torch.equal(model(idx)[0], model(idx)[0])
         model.train()
         assert not torch.equal(model(idx)[0], model(idx)[0])
+
+
+@torch.no_grad()
+def test_rows_of_unequal_length_are_continued_as_each_by_itself():
+    """To beyond the context's end, where all rows are read again."""
+    model = small_model(seed=3)
+    prompts = [torch.arange(5), torch.arange(9) + 30, torch.arange(1) + 60]
+    lengths = torch.tensor([len(p) for p in prompts])
+    rows = torch.nn.utils.rnn.pad_sequence(prompts, batch_first=True, padding_value=7)
+    new = torch.cat(list(model.stream(rows, 40, temperature=0, lengths=lengths)), dim=1)
+    for row, prompt, length in zip(new, prompts, lengths, strict=True):
+        alone = model.generate(prompt[None], 40, temperature=0)[0, length:]
+        assert torch.equal(row[length - lengths.min() :][:40], alone)
+    assert new.shape == (3, 8 + 40)
+
+
+def test_gradient_checkpoints_change_no_gradient():
+    """With dropout too, whose random numbers are drawn again."""
+    config = train.GPTConfig(block_size=32, vocab_size=101, n_layer=3, n_head=4, n_embd=32, dropout=0.2)
+    idx, found = torch.arange(40).view(2, 20), []
+    for grad_checkpoint in (False, True):
+        model = small_model(config=config).train()
+        model.grad_checkpoint = grad_checkpoint
+        torch.manual_seed(5)
+        model(idx, idx + 1, keep_logits=False)[1].backward()
+        found.append({name: p.grad for name, p in model.named_parameters()})
+    for name, gradient in found[0].items():
+        assert torch.equal(found[1][name], gradient), name
+
+
+def test_gradient_checkpoints_keep_fewer_activations():
+    def kept(grad_checkpoint):
+        model, sizes = small_model(), []
+        model.grad_checkpoint = grad_checkpoint
+        idx = torch.arange(40).view(2, 20)
+        with torch.autograd.graph.saved_tensors_hooks(lambda t: sizes.append(t.numel()) or t, lambda t: t):
+            model(idx, idx + 1, keep_logits=False)
+        return sum(sizes)
+
+    assert kept(True) < kept(False) / 2

@@ -155,7 +155,7 @@ def test_no_card_has_the_peak_of_one_that_is_called_nearly_so(name):
 
 
 def test_the_limit_of_a_cpu_is_the_rate_of_its_products(monkeypatch):
-    """By a clock on which each product takes a second: 15 products, 12 of them once in each of the 3 layers."""
+    """By a clock on which each product takes a second: 12 of them in each of the 3 layers, and 3 in the head."""
     ticks = iter(range(10**6))
     monkeypatch.setattr(train.time, "perf_counter", lambda: next(ticks))
     config = train.GPTConfig(n_layer=3, n_embd=4, n_head=1, vocab_size=10)
