@@ -724,9 +724,11 @@ def pick_token(logits: torch.Tensor, temperature: float, top_k: int, generator) 
     if temperature == 0:
         return logits.argmax(dim=-1, keepdim=True)
     logits = (logits - logits.max(dim=-1, keepdim=True).values) / max(temperature, 1e-6)  # finite at any temperature
-    if 0 < top_k < logits.size(-1):
-        logits = logits.masked_fill(logits < logits.topk(top_k).values[:, -1:], -math.inf)
-    return torch.multinomial(F.softmax(logits, dim=-1), 1, generator=generator)
+    ids = None
+    if 0 < top_k < logits.size(-1):  # drawing from a few is much quicker than from all, the rest with probability 0
+        logits, ids = logits.topk(top_k)
+    drawn = torch.multinomial(F.softmax(logits, dim=-1), 1, generator=generator)
+    return drawn if ids is None else ids.gather(1, drawn)
 
 
 # ======================================================================================================================
