@@ -133,7 +133,7 @@ class TrainConfig:
     log_every: int = flag(10, "steps between log lines", "Output", least=1)
     save_every: int | None = flag(None, "steps between checkpoints (default: a tenth of steps, at most 1000)", least=1)
     save_minutes: float = flag(15.0, "minutes after which last.pt is saved in any case (0: by steps alone)", least=0)
-    sample_every: int | None = flag(None, "steps between samples (default: as save_every)", least=1)
+    sample_every: int | None = flag(None, "steps between samples (default: as save_every, at least 100)", least=1)
     prompt: str = flag("BIANCA:\n", r"first prompt; \n is a line break")
     num_prompts: int = flag(2, "prompts in a sample: the first, and others drawn from the text", least=0)
     max_new_tokens: int = flag(200, "tokens in a sample", least=1)
@@ -198,7 +198,7 @@ class TrainConfig:
             steps=steps,
             warmup_steps=min(300, steps // 10) if self.warmup_steps is None else self.warmup_steps,
             save_every=save_every,
-            sample_every=self.sample_every or save_every,
+            sample_every=self.sample_every or max(100, save_every),  # on a CPU, two samples take as long as a few steps
         )
 
 
@@ -598,11 +598,12 @@ class LinearCrossEntropy(torch.autograd.Function):
             logits = xc @ w.t()
             logits[:, V:] = -math.inf
             p = F.softmax(logits, dim=-1, dtype=torch.float32)
-            t, counted = tc.clamp(min=0)[:, None], counted[:, None].float()
+            target = torch.arange(len(tc), device=tc.device), tc.clamp(min=0)
             # A probability below the smallest float is a loss of 87 nats, not an infinite one.
-            total -= (p.gather(1, t).clamp(min=torch.finfo(p.dtype).tiny).log() * counted).sum()
+            total -= (p[target].clamp(min=torch.finfo(p.dtype).tiny).log() * counted).sum()
             if differentiate:  # d loss / d logits = (p - one-hot) / number of rows, which is left to backward
-                logits.copy_(p.scatter_add_(1, t, -torch.ones_like(counted)).mul_(counted))
+                p[target] -= 1
+                logits.copy_(p.mul_(counted[:, None]))
                 dx.append(logits @ w)
                 part = (logits.t() @ (xc / 32))[:V]  # /32: the sum of a frequent token's rows must fit into fp16
                 dw = part.float() if dw is None else dw.add_(part)
@@ -615,7 +616,7 @@ class LinearCrossEntropy(torch.autograd.Function):
     def backward(ctx, grad):
         dx, dw, number = ctx.saved_tensors
         scale = grad / number
-        return (dx * scale).to(ctx.dtypes[0]), dw.mul_(32 * scale).to(ctx.dtypes[1]), None, None
+        return dx.to(ctx.dtypes[0]) * scale, dw.mul_(32 * scale).to(ctx.dtypes[1]), None, None
 
 
 class GPT(nn.Module):
