@@ -142,7 +142,7 @@ class TrainConfig:
 
     device: str = flag("auto", "auto: CUDA, else MPS, else CPU", "Machine", choices=("auto", "cpu", "cuda", "mps"))
     amp: str = flag("auto", "mixed precision: auto explains its choice", choices=("auto", "fp16", "bf16", "off"))
-    grad_checkpoint: bool = flag(False, "keep fewer activations, compute them again: less memory, a third slower")
+    grad_checkpoint: bool = flag(False, "keep fewer activations, compute them again: less memory, a fifth slower")
     compile: bool = flag(False, "torch.compile: slower to start, then faster")
     deterministic: bool = flag(False, "only kernels that give the same bits each time; slower on CUDA")
     no_mfu: bool = flag(False, "save the half second in which a CPU's limit is measured; mfu is then unknown")
@@ -587,7 +587,7 @@ class LinearCrossEntropy(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, weight, targets, dtype):
         """x (N, C), weight (V, C), targets (N,) of class ids or -1 for rows that don't count -> loss, in nats."""
-        V, differentiate = weight.size(0), x.requires_grad
+        V, differentiate = weight.size(0), any(ctx.needs_input_grad)
         # Processors and GPUs multiply aligned sizes faster: 50,257 becomes 50,304. Padding has no probability.
         w = weight.new_zeros(-(-V // 64) * 64, weight.size(1), dtype=dtype)
         w[:V] = weight
@@ -931,7 +931,7 @@ GPU_PEAKS = {
 
 def gpu_peak(name: str) -> float | None:
     """FLOP/s of the card that torch.cuda.get_device_name() calls so: "Tesla V100-SXM2-16GB" is GPU_PEAKS' V100."""
-    usual = r"NVIDIA|TESLA|GEFORCE|SXM\d?|\d+GB|HBM\w+"
+    usual = r"NVIDIA|TESLA|GEFORCE|SXM\d?|\d+GB|HBM3\w*"
     model = " ".join(word for word in re.split("[ -]", name.upper()) if not re.fullmatch(usual, word))
     return GPU_PEAKS[model] * 1e12 if model in GPU_PEAKS else None
 
@@ -943,36 +943,37 @@ def matmul_rate(config: GPTConfig, rows: int, dtype: torch.dtype, seconds: float
     C, times = config.n_embd, collections.defaultdict(list)
     sizes = {"qkv": (3 * C, C), "proj": (C, C), "fc": (4 * C, C), "fc_proj": (C, 4 * C), "head": (config.vocab_size, C)}
     end = time.perf_counter() + seconds
-    for round in range(12):
+    for _ in range(12):
         for name, (n_out, n_in) in sizes.items():
             x, w, y = (torch.ones(shape, dtype=dtype) for shape in ((rows, n_in), (n_out, n_in), (rows, n_out)))
             for kind, (a, b) in enumerate(((x, w.t()), (y, w), (y.t(), x))):
                 start = time.perf_counter()
                 a @ b
                 times[name, kind].append(time.perf_counter() - start)
-        if round and time.perf_counter() > end:
+        if time.perf_counter() > end:
             break
     count = {name: 1 if name == "head" else config.n_layer for name in sizes}
     work = sum(6 * rows * n_out * n_in * count[name] for name, (n_out, n_in) in sizes.items())
-    # The first of each also sets up, so it doesn't count.
-    return work / sum(statistics.median(found[1:]) * count[name] for (name, _), found in times.items())
+    # The first of each also sets up, so it doesn't count unless it is all there is.
+    return work / sum(statistics.median(found[1:] or found) * count[name] for (name, _), found in times.items())
 
 
 def find_limit(runtime: Runtime, config: GPTConfig, rows: int, measured: bool) -> tuple[float | None, str]:
-    """(FLOP/s that all processes' devices could reach at most, or None; what that is, in words)."""
-    limit, what = None, "no peak is known of this device in this precision"
+    """(FLOP/s that all processes' devices could reach together, or None; what that is, in words)."""
+    unknown = "no peak is known of this device in this precision"
+    limit, what = None, unknown
     if runtime.device.type == "cuda" and runtime.amp_dtype:
         if limit := gpu_peak(torch.cuda.get_device_name(runtime.device)):
             what = "the card's peak in 16 bits"
     elif runtime.device.type == "cpu":
-        what = "--no_mfu asks not to measure it"
-        if measured:
+        what = "--no_mfu asks not to measure it" if not measured else "this CPU only emulates bf16"
+        if measured and (runtime.amp_dtype is None or cpu_has_bf16()):
             limit = matmul_rate(config, min(rows, 256), runtime.amp_dtype or torch.float32)
             what = "the model's matrix products alone, measured just now"
     if runtime.world_size > 1:  # one that is unknown makes the sum unknown
         total = torch.tensor(limit or -math.inf, device=runtime.device)
         dist.all_reduce(total)
-        limit = total.item() if total > 0 else None
+        limit, what = (total.item(), what) if total > 0 else (None, unknown)
     return limit, what
 
 
@@ -1145,7 +1146,7 @@ def lock_file(file) -> None:
 # ======================================================================================================================
 
 CSV_FIELDS = ["step", "epoch", "tokens", "loss", "avg_loss", "best_loss", "lr", "grad_norm", "tok_per_s", "elapsed_s"]
-CSV_FIELDS += ["mfu"]  # at the end, so that older files only lack a column
+CSV_FIELDS += ["mfu"]
 RULE = "=" * 80
 ENDINGS = ("target reached", "steps done")  # of a run that has nothing more to do
 CHECKPOINT_FORMAT = 1  # raised when an older program couldn't read a newer file
@@ -1300,9 +1301,10 @@ class RunDirectory:
         rows, blocks = [], []
         if self.metrics.exists():
             rows = [line.split(",") for line in self.metrics.read_text(encoding="utf-8", errors="replace").splitlines()]
-            columns = len(rows[0]) if rows and rows[0] == CSV_FIELDS[: len(rows[0])] else len(CSV_FIELDS)
+            full = len(CSV_FIELDS)
+            columns = max((len(r) for r in rows if full - 1 <= len(r) <= full), default=full)  # older files have no mfu
             rows = [r for r in rows if len(r) == columns and r[0].isdigit() and int(r[0]) <= step]
-            rows = [r + ["unknown"] * (len(CSV_FIELDS) - columns) for r in rows]
+            rows = [r + ["unknown"] * (full - columns) for r in rows]
             with atomic_write(self.metrics) as f:
                 f.write("".join(",".join(row) + "\n" for row in [CSV_FIELDS, *rows]).encode())
         if self.samples.exists():
@@ -1634,7 +1636,7 @@ class Trainer:
         """Forward and backward over grad_accum micro-batches, then one update. Waits for no device."""
         self.model.train()
         first, losses = self.batcher.position, []
-        with self.runtime.autocast():  # round all micro-batches, so that the weights are cast once a step
+        with self.runtime.autocast():  # round all micro-batches, so that the blocks' weights are cast once a step
             for micro in range(self.config.grad_accum):
                 idx, targets = self.batcher.next_batch()
                 if self.parallel:  # gradients travel between processes once a step, with the last micro-batch
@@ -1748,19 +1750,23 @@ class Trainer:
         self.model.eval()
         config, prompts, device = self.config, self.prompts(), self.runtime.device
         encoded = [torch.tensor(self.tokenizer.encode(prompt)[-config.block_size :]) for prompt in prompts]
-        lengths = torch.tensor([len(row) for row in encoded])
-        rows = nn.utils.rnn.pad_sequence(encoded, batch_first=True).to(device)
-        generator, new = torch.Generator().manual_seed(config.seed + self.step), []
-        options = (config.max_new_tokens, config.temperature, config.top_k, generator, lengths.to(device))
+        lengths = [len(row) for row in encoded]
+        # Rows together read a longer prompt token by token; one that is much longer is quicker by itself.
+        together = max(lengths, default=0) - min(lengths, default=0) <= config.max_new_tokens // 4
+        generator, texts = torch.Generator().manual_seed(config.seed + self.step), []
         with self.runtime.autocast():  # round the whole sample, so that it casts the weights once
-            for tokens in self.model.stream(rows, *options):
-                poll()
-                new.append(tokens.cpu())
-        texts, new = [], torch.cat(new, dim=1)
-        for prompt, row, begin in zip(prompts, new, lengths - lengths.min(), strict=True):
-            text = self.tokenizer.decode(row[begin : begin + config.max_new_tokens].tolist())
-            texts.append((prompt, text.rstrip("\ufffd")))  # no half character at the end
-        return texts
+            for group in [encoded] if together else [[row] for row in encoded]:
+                sizes = torch.tensor([len(row) for row in group])
+                rows = nn.utils.rnn.pad_sequence(group, batch_first=True).to(device)
+                options = (config.max_new_tokens, config.temperature, config.top_k, generator, sizes.to(device))
+                new = []
+                for tokens in self.model.stream(rows, *options):
+                    poll()
+                    new.append(tokens.cpu())
+                for row, begin in zip(torch.cat(new, dim=1), sizes - sizes.min(), strict=True):
+                    text = self.tokenizer.decode(row[begin : begin + config.max_new_tokens].tolist())
+                    texts.append(text.rstrip("\ufffd"))  # no half character at the end
+        return list(zip(prompts, texts, strict=True))
 
     # ---- checkpoints ----
 
@@ -2190,6 +2196,7 @@ class Loop:
         total = sum(counts.values())
         absent = {"cuda": "it is there", "mps": "there is no CUDA", "cpu": "there is neither CUDA nor MPS"}
         why = absent[t.runtime.device.type] if c.device == "auto" else f"--device {c.device} asks for it"
+        causality = check_causality(t.model, t.runtime, c.seq_len)  # first, since it may change the precision
         self.limit, what = find_limit(t.runtime, t.model.config, c.batch_size * c.seq_len, measured=not c.no_mfu)
         fused = "in one fused kernel" if t.optimizer.defaults["fused"] else "not fused: this device has no such kernel"
         for line in (
@@ -2204,7 +2211,7 @@ class Loop:
             f"Tokens per step: {t.batches_per_step * t.batcher.batch_tokens:,} (batch_size {c.batch_size} x seq_len"
             f" {c.seq_len} x grad_accum {c.grad_accum} x processes {t.runtime.world_size})",
             f"Limit for mfu: {f'{self.limit / 1e9:,.0f} GFLOP/s' if self.limit else 'unknown'}, {what}",
-            f"Causality: {check_causality(t.model, t.runtime, c.seq_len)}",
+            f"Causality: {causality}",
             f"Saves: every {c.save_every} steps"
             + (f", and {c.save_minutes:g} minutes after the last one" if c.save_minutes else "")
             + f"; last.pt has {12 * total / 1e9:.3g} GB, and its copy takes as much memory while it is written",

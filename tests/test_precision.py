@@ -182,3 +182,20 @@ def test_a_gpu_is_never_measured(monkeypatch, name, dtype, limit):
     monkeypatch.setattr(train, "matmul_rate", lambda *args: pytest.fail("measured"))
     on_gpu = train.Runtime(torch.device("cuda"), dtype, None, "")
     assert train.find_limit(on_gpu, train.GPTConfig(), 64, measured=True)[0] == limit
+
+
+def test_emulated_bf16_is_not_measured(monkeypatch):
+    """It would take minutes."""
+    monkeypatch.setattr(train, "cpu_has_bf16", lambda: False)
+    monkeypatch.setattr(train, "matmul_rate", lambda *args: pytest.fail("measured"))
+    limit, what = train.find_limit(runtime(torch.bfloat16), train.GPTConfig(), 64, measured=True)
+    assert limit is None
+    assert "emulates" in what
+
+
+def test_measuring_a_slow_cpu_ends_after_one_round(monkeypatch):
+    ticks = iter(range(0, 10**9, 100))
+    monkeypatch.setattr(train.time, "perf_counter", lambda: next(ticks))
+    config = train.GPTConfig(n_layer=1, n_embd=4, n_head=1, vocab_size=10)
+    assert train.matmul_rate(config, 7, torch.float32) == pytest.approx(6 * 7 * (12 * 4 * 4 + 10 * 4) / 1500)
+    assert next(ticks) < 100 * 40

@@ -27,7 +27,8 @@ def finished(tmp_path_factory):
     from conftest import TINY
 
     out = tmp_path_factory.mktemp("run") / "out"
-    config = train.TrainConfig(**{**TINY, "out_dir": str(out), "steps": 20, "log_every": 8, "epochs": None})
+    settings = {"out_dir": str(out), "steps": 20, "log_every": 8, "sample_every": 2}
+    config = train.TrainConfig(**{**TINY, **settings})
     train.train(config, command="python train.py --steps 20")
     return out
 

@@ -660,3 +660,27 @@ def test_two_processes_stop_together_and_resume_exactly(tmp_path):
     assert launch(ROOT / "train.py", tmp_path, ["--resume", last], 2).returncode == 0
     assert without_times(rows_of(tmp_path / "whole")) == without_times(rows_of(tmp_path / "parts"))
     assert same_weights(weights_of(tmp_path / "whole"), weights_of(tmp_path / "parts"))
+
+
+def test_a_long_prompt_is_not_read_token_by_token(tiny, make_trainer):
+    """Rows that stand together read what is beyond the shortest one token by token."""
+    trainer = make_trainer(tiny(prompt="BIANCA:\n" * 12, num_prompts=2, max_new_tokens=4, block_size=64))
+    calls = []
+    trainer.sample(lambda: calls.append(1))
+    assert len(calls) == 2 * 4
+    near = make_trainer(tiny(prompt=trainer.prompts()[1], num_prompts=2, max_new_tokens=64, block_size=64))
+    calls.clear()
+    texts = near.sample(lambda: calls.append(1))
+    assert 64 <= len(calls) < 80
+    assert [prompt for prompt, _ in texts] == near.prompts()
+
+
+@pytest.mark.parametrize("damage", ["stop,epoch\n", "", "step,epoch,tokens,loss\n"])
+@pytest.mark.parametrize("older", [False, True])
+def test_a_damaged_header_costs_no_row(tiny, tmp_path, damage, older):
+    train.train(tiny(steps=4, save_every=2))
+    file = tmp_path / "out" / "logs" / "train_metrics.csv"
+    lines = file.read_text().splitlines()[1:]
+    file.write_text(damage + "".join((line.rsplit(",", 1)[0] if older else line) + "\n" for line in lines))
+    train.train(tiny(steps=6, save_every=2, resume="auto"))
+    assert [row["step"] for row in rows_of(tmp_path / "out")] == ["1", "2", "3", "4", "5", "6"]
