@@ -1218,8 +1218,9 @@ class RunDirectory:
                     return [f"out_dir {self.root} can't be made, since {existing} is a file: choose another --out_dir"]
                 if not os.access(existing, os.W_OK):
                     return [f"out_dir {self.root} can't be written: change the permissions of {existing}"]
-            except OSError as e:
-                return [f"out_dir {str(self.root)[:80]} can't be used ({e.strerror}): choose another --out_dir"]
+            except (OSError, ValueError) as e:  # ValueError: a NUL in the name
+                why = getattr(e, "strerror", None) or e
+                return [f"out_dir {str(self.root)[:80]!r} can't be used ({why}): choose another --out_dir"]
         return []
 
     @contextlib.contextmanager

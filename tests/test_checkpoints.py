@@ -18,7 +18,7 @@ import time
 import pytest
 import torch
 from conftest import ROOT, rows_of, tiny_flags, weights_of, without_times
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 import train
@@ -944,6 +944,8 @@ VALUES = [
 ]
 
 
+@example(argv=["--out_dir", "\0"])
+@example(argv=["--n_embd", "9" * 400])
 @settings(max_examples=200, deadline=None)
 @given(argv=st.lists(st.sampled_from(WORDS) | st.sampled_from(VALUES) | st.text(max_size=5), max_size=8))
 def test_random_flags_give_no_traceback(argv):
