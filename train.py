@@ -660,7 +660,7 @@ class GPT(nn.Module):
         x = self.transformer.wte(idx) + self.transformer.wpe.weight[past:end]
         x = self.transformer.drop(x)
         for i, block in enumerate(self.transformer.h):
-            if self.grad_checkpoint and torch.is_grad_enabled():
+            if self.grad_checkpoint and cache is None and torch.is_grad_enabled():
                 x = torch.utils.checkpoint.checkpoint(block, x, use_reentrant=False)
             else:
                 x = block(x, cache[i] if cache else None)
@@ -1749,25 +1749,28 @@ class Trainer:
     def sample(self, poll: Callable[[], None]) -> list[tuple[str, str]]:
         """(prompt, continuation) of each prompt, from a random generator of its own."""
         self.model.eval()
-        config, prompts, device = self.config, self.prompts(), self.runtime.device
-        encoded = [torch.tensor(self.tokenizer.encode(prompt)[-config.block_size :]) for prompt in prompts]
-        lengths = [len(row) for row in encoded]
+        prompts, generator = self.prompts(), torch.Generator().manual_seed(self.config.seed + self.step)
+        encoded = [self.tokenizer.encode(prompt)[-self.config.block_size :] for prompt in prompts]
         # Rows together read a longer prompt token by token; one that is much longer is quicker by itself.
-        together = max(lengths, default=0) - min(lengths, default=0) <= config.max_new_tokens // 4
-        generator, texts = torch.Generator().manual_seed(config.seed + self.step), []
+        spread = max(map(len, encoded)) - min(map(len, encoded))
+        groups = [encoded] if spread <= self.config.max_new_tokens // 4 else [[row] for row in encoded]
         with self.runtime.autocast():  # round the whole sample, so that it casts the weights once
-            for group in [encoded] if together else [[row] for row in encoded]:
-                sizes = torch.tensor([len(row) for row in group])
-                rows = nn.utils.rnn.pad_sequence(group, batch_first=True).to(device)
-                options = (config.max_new_tokens, config.temperature, config.top_k, generator, sizes.to(device))
-                new = []
-                for tokens in self.model.stream(rows, *options):
-                    poll()
-                    new.append(tokens.cpu())
-                for row, begin in zip(torch.cat(new, dim=1), sizes - sizes.min(), strict=True):
-                    text = self.tokenizer.decode(row[begin : begin + config.max_new_tokens].tolist())
-                    texts.append(text.rstrip("\ufffd"))  # no half character at the end
+            texts = [text for group in groups for text in self.continue_rows(group, generator, poll)]
         return list(zip(prompts, texts, strict=True))
+
+    def continue_rows(self, encoded: list[list[int]], generator, poll: Callable[[], None]) -> Iterator[str]:
+        """What the model writes after each row of token ids, all at once."""
+        config, device = self.config, self.runtime.device
+        lengths = torch.tensor([len(row) for row in encoded])
+        rows = nn.utils.rnn.pad_sequence([torch.tensor(row) for row in encoded], batch_first=True)
+        options = (config.max_new_tokens, config.temperature, config.top_k, generator, lengths.to(device))
+        new = []
+        for tokens in self.model.stream(rows.to(device), *options):
+            poll()
+            new.append(tokens.cpu())
+        for row, begin in zip(torch.cat(new, dim=1), lengths - lengths.min(), strict=True):
+            text = self.tokenizer.decode(row[begin : begin + config.max_new_tokens].tolist())
+            yield text.rstrip("\ufffd")  # no half character at the end
 
     # ---- checkpoints ----
 
