@@ -54,7 +54,7 @@ import warnings
 import zipfile
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
-from datetime import datetime, timezone
+from datetime import datetime, timedelta, timezone
 from pathlib import Path
 
 import numpy as np
@@ -100,7 +100,7 @@ def flag(default, help: str, group: str = "", **rules):
 class TrainConfig:
     """Every setting of a run. The command line is derived from it: field `lr` is flag `--lr`."""
 
-    preset: str = flag("", "a named set of defaults; flags given beside it win", "Run", choices=("", "demo"))
+    preset: str = flag("", "a named set of defaults; flags given beside it win", "Run", choices=("", "demo", "muon"))
     out_dir: str = flag("out", "run directory")
     resume: str = flag("", "go on from this last.pt; auto: from the run directory's, where there is one")
     overwrite: bool = flag(False, "delete the run that out_dir holds and start anew")
@@ -123,6 +123,7 @@ class TrainConfig:
     steps: int | None = flag(None, "optimizer steps; the learning rate's curve ends with them", least=1)
     epochs: float | None = flag(None, "passes over the corpus, in place of steps", above=0, below=10**6)
     target_loss: float = flag(0.1, "stop once avg_loss, then final_loss, is under this (0: never)", least=0)
+    optimizer: str = flag("adamw", "muon: for the blocks' matrices, AdamW for the rest", choices=("adamw", "muon"))
     lr: float = flag(3e-4, "peak learning rate", above=0)
     warmup_steps: int | None = flag(None, "steps to the peak (default: a tenth of steps, at most 300)", least=0)
     weight_decay: float = flag(0.1, "AdamW's decay of matrices; biases and LayerNorms have none", least=0)
@@ -139,6 +140,7 @@ class TrainConfig:
     max_new_tokens: int = flag(200, "tokens in a sample", least=1)
     top_k: int = flag(50, "sample from the k likeliest tokens (0: from all)", least=0)
     temperature: float = flag(0.9, "flattens (over 1) or sharpens (under 1) the choice; 0: the likeliest", least=0)
+    recall_places: int = flag(200, "places at which the end of a run tests what is known by heart (0: none)", least=0)
 
     device: str = flag("auto", "auto: CUDA, else MPS, else CPU", "Machine", choices=("auto", "cpu", "cuda", "mps"))
     amp: str = flag("auto", "mixed precision: auto explains its choice", choices=("auto", "fp16", "bf16", "off"))
@@ -183,11 +185,13 @@ class TrainConfig:
             yield "resume overwrite", "resume and overwrite exclude each other: give one of them"
         if not device_present(c.device):
             yield "device", f"device {c.device} isn't available here: use --device auto"
-        elif c.amp == "fp16" and pick_device(c.device).type == "cpu":
-            yield (
-                "amp device",
-                "amp fp16 on a CPU is about a thousand times slower than fp32: use --amp auto, bf16 or off",
-            )
+        elif pick_device(c.device).type == "cpu":
+            if c.amp == "fp16":
+                slow = "amp fp16 on a CPU is about a thousand times slower than fp32: use --amp auto, bf16 or off"
+                yield "amp device", slow
+            if c.optimizer == "muon" and not cpu_has_bf16():
+                slow = "optimizer muon computes in bf16, which this CPU only emulates: use --optimizer adamw"
+                yield "optimizer device", slow
 
     def resolved(self, batches_per_pass: int, batches_per_step: int) -> TrainConfig:
         """The same settings with each None filled in, once the corpus is known."""
@@ -222,7 +226,33 @@ PRESETS: dict[str, dict] = {
         "save_every": 100,
         "prompt": "AMBROSE:\nCome in, and shut the door",
     },
+    "muon": {
+        "optimizer": "muon",
+        "batch_size": 16,
+        "seq_len": 256,
+        "steps": 1000,
+        "lr": 1.5e-3,
+        "warmup_steps": 60,
+        "weight_decay": 0.0,
+        "save_every": 50,
+    },
 }
+
+
+# What the published runs of presets took: tokens of their text, and of training until the target was met.
+PUBLISHED = {"demo": (2_547, 50_432)}
+RECIPE = "optimizer batch_size seq_len grad_accum lr steps warmup_steps weight_decay beta1 beta2 clip_grad target_loss"
+
+
+def published_tokens(config: TrainConfig, corpus: Corpus) -> int | None:
+    """Tokens of training until a preset's published run met its target; None where this isn't the same run again."""
+    for name, (text, needed) in PUBLISHED.items():
+        published = dataclasses.replace(TrainConfig(), **PRESETS[name]).resolved(1, 1)
+        if len(corpus.tokens) == text and all(
+            getattr(config, k) == getattr(published, k) for k in (*RECIPE.split(), *MODEL_FLAGS, "randomize_batches")
+        ):
+            return needed
+    return None
 
 
 def check_value(f: dataclasses.Field, value) -> Iterator[str]:
@@ -982,18 +1012,41 @@ def find_limit(runtime: Runtime, config: GPTConfig, rows: int, measured: bool) -
 # ======================================================================================================================
 
 
-def build_optimizer(model: GPT, config: TrainConfig) -> torch.optim.AdamW:
-    """AdamW (Loshchilov & Hutter 2019) with decay on matrices only; fused into one kernel where the device has it."""
+class MuonAdamW(torch.optim.Optimizer):
+    """Muon (Jordan et al. 2024) for the blocks' matrices and AdamW for the rest, as one optimizer: one learning rate,
+    one state in the checkpoint, and a loss scaler that skips an update in both or in neither."""
+
+    def __init__(self, muon: torch.optim.Muon, adamw: torch.optim.AdamW):
+        self.parts = (muon, adamw)
+        super().__init__([*muon.param_groups, *adamw.param_groups], adamw.defaults)
+
+    def step(self, closure=None) -> None:
+        groups = iter(self.param_groups)
+        for part in self.parts:  # loading a state gives this optimizer new groups and a new dict of states
+            part.param_groups, part.state = [next(groups) for _ in part.param_groups], self.state
+            part.step()
+
+
+def build_optimizer(model: GPT, config: TrainConfig) -> torch.optim.Optimizer:
+    """AdamW (Loshchilov & Hutter 2019) with decay on matrices only; fused into one kernel where the device has it.
+    With `--optimizer muon` the blocks' matrices are left to Muon, whose updates are scaled to the size of AdamW's
+    (Liu et al. 2025, section 2.2), so that one learning rate does for both."""
     params = list(model.parameters())
+    matrices = [p for p in model.transformer.h.parameters() if p.dim() >= 2] if config.optimizer == "muon" else []
+    by_muon = set(matrices)
     groups = [
-        {"params": [p for p in params if p.dim() >= 2], "weight_decay": config.weight_decay},
+        {"params": [p for p in params if p.dim() >= 2 and p not in by_muon], "weight_decay": config.weight_decay},
         {"params": [p for p in params if p.dim() < 2], "weight_decay": 0.0},
     ]
     options = {"lr": config.lr, "betas": (config.beta1, config.beta2)}
     try:
-        return torch.optim.AdamW(groups, fused=True, **options)
+        adamw = torch.optim.AdamW(groups, fused=True, **options)
     except RuntimeError:  # this device has no fused kernel
-        return torch.optim.AdamW(groups, **options)
+        adamw = torch.optim.AdamW(groups, **options)
+    if not matrices:
+        return adamw
+    scale = {"lr": config.lr, "weight_decay": config.weight_decay, "adjust_lr_fn": "match_rms_adamw"}
+    return MuonAdamW(torch.optim.Muon(matrices, momentum=0.95, **scale), adamw)
 
 
 def build_scheduler(optimizer: torch.optim.Optimizer, config: TrainConfig, step: int = 0):
@@ -1584,6 +1637,19 @@ def now() -> str:
 # ======================================================================================================================
 
 
+RECALL_TOKENS = 32, 32  # given, and asked for
+VERBATIM_CHARACTERS = 10**8  # of a longer text, searching for pieces of a sample takes too long
+
+
+def longest_verbatim(text: str, source: str) -> int:
+    """Characters in the longest piece of `text` that stands in `source` as it is."""
+    length = 0
+    for start in range(len(text)):
+        while start + length < len(text) and text[start : start + length + 1] in source:
+            length += 1
+    return length
+
+
 class Trainer:
     """Model, optimizer, schedule and data of a run, and all that is computed with them. Writes no file."""
 
@@ -1723,7 +1789,7 @@ class Trainer:
             "grad_norm": grad_norm,
         }
 
-    # ---- the proof, and samples: neither changes anything in training ----
+    # ---- the proof, samples and recall: none changes anything in training ----
 
     @torch.no_grad()
     def evaluate(self, poll: Callable[[], None]) -> float:
@@ -1771,6 +1837,27 @@ class Trainer:
         for row, begin in zip(torch.cat(new, dim=1), lengths - lengths.min(), strict=True):
             text = self.tokenizer.decode(row[begin : begin + config.max_new_tokens].tolist())
             yield text.rstrip("\ufffd")  # no half character at the end
+
+    @torch.no_grad()
+    def recall(self, poll: Callable[[], None]) -> float | None:
+        """How much of the text the model knows by heart: after 32 tokens from each of recall_places places, drawn by
+        seed, the share of the next 32 tokens that greedy decoding gives, each in its place (after Carlini et al. 2023,
+        section 3). None where there is no such place."""
+        known, asked = RECALL_TOKENS
+        starts = range(len(self.corpus.tokens) - known - asked + 1)
+        places = random.Random(self.config.seed).sample(starts, min(len(starts), self.config.recall_places))
+        if not places:
+            return None
+        self.model.eval()
+        tokens = torch.from_numpy(self.corpus.tokens.astype(np.int64))
+        rows = torch.stack([tokens[i : i + known + asked] for i in places])
+        right = 0
+        with self.runtime.autocast():
+            told = self.model.stream(rows[:, :known].to(self.runtime.device), asked, temperature=0)
+            for position, token in enumerate(told, known):
+                poll()
+                right += (token.cpu()[:, 0] == rows[:, position]).sum().item()
+        return right / (len(places) * asked)
 
     # ---- checkpoints ----
 
@@ -1860,7 +1947,8 @@ class Trainer:
     def check_same_run(self, state: dict) -> None:
         """Raises UsageError with every setting that makes this another run than the checkpoint's."""
         saved, given = state["config"], dataclasses.asdict(self.given)
-        names = (*MODEL_FLAGS, "tokenizer", "batch_size", "seq_len", "seed", "randomize_batches")
+        names = (*MODEL_FLAGS, "tokenizer", "batch_size", "seq_len", "seed", "randomize_batches", "optimizer")
+        saved.setdefault("optimizer", "adamw")  # in files from before there was a choice
         problems = [
             f"{name} {given[name]} conflicts with the checkpoint's {saved[name]}: leave --{name} out, or start anew"
             " with another --out_dir"
@@ -1931,6 +2019,16 @@ class StopSignals:
             raise Stopped
 
 
+ESTIMATE_AFTER = 100  # steps
+
+
+def duration(seconds: float) -> str:
+    """1 h 02 min, 2 min 03 s or 4 s."""
+    minutes, rest = divmod(round(seconds), 60)
+    hours, left = divmod(minutes, 60)
+    return f"{hours} h {left:02d} min" if hours else f"{minutes} min {rest:02d} s" if minutes else f"{rest} s"
+
+
 class Loop:
     """Drives a Trainer to the end of its run, and keeps the run directory."""
 
@@ -1944,10 +2042,13 @@ class Loop:
         self.started_at = self.saved_step = trainer.step
         self.logged_step = self.sampled_step = -1
         self.final_loss: float | None = None
+        self.recall: float | None = None
+        self.texts: list[tuple[str, str]] = []  # of the latest sample
+        self.samples: list[dict] | None = None  # what is said of them
         self.seconds_at_target: float | None = None
         self.start_time, self.clock_start = now(), time.monotonic() - trainer.seconds
         self.window_start, self.window_tokens = time.monotonic(), trainer.tokens()
-        self.saved_at = time.monotonic()
+        self.saved_at = self.steps_start = time.monotonic()
         self.limit: float | None = None  # FLOP/s that the devices could reach
         # A product and a sum for each weight, forward and twice backward (Kaplan et al. 2020, section 2.1)
         self.flops_per_token = 6 * sum(trainer.model.parameter_counts().values())
@@ -1993,7 +2094,7 @@ class Loop:
     def train_steps(self) -> str:
         """Steps until the target is proven, the steps are done, or a signal came: returns which."""
         t = self.trainer
-        self.window_start = time.monotonic()
+        self.window_start = self.steps_start = time.monotonic()
         disable = no_bar() if self.main else True
         with tqdm(total=t.config.steps, initial=t.step, unit="step", disable=disable) as bar:
             # A resumed run may have been cut off after a step, before all that the step leads to was done.
@@ -2008,7 +2109,7 @@ class Loop:
         """Logs, proves, saves and samples where this step asks for it. Returns how the run ended, or ''."""
         t, config = self.trainer, self.trainer.config
         log_now = t.step in (1, config.steps) or t.step % config.log_every == 0
-        read_now = log_now or self.reads_each_step or t.ends_pass()
+        read_now = log_now or self.reads_each_step or t.ends_pass() or t.step == self.started_at + ESTIMATE_AFTER
         if read_now:
             row = t.measure()
             rate = (bar.format_dict["rate"] or 0) * t.batches_per_step * t.batcher.batch_tokens
@@ -2016,6 +2117,8 @@ class Loop:
             bar.set_postfix_str(figures, refresh=False)
             if log_now:
                 self.log_step(row)
+            if t.step == self.started_at + ESTIMATE_AFTER:
+                self.log.info(self.estimate())
             if self.target_proven(row["avg_loss"]):
                 return "target reached"
         self.writer.check()
@@ -2031,6 +2134,20 @@ class Loop:
         if t.step % config.sample_every == 0:
             self.write_samples()
         return ""
+
+    def estimate(self) -> str:
+        """How long it takes to the target, from the speed so far: at most until the last step, but where the settings
+        are a preset's and the text is that of its published run, until the tokens that this needed."""
+        t = self.trainer
+        a_step = t.batches_per_step * t.batcher.batch_tokens
+        rate = (t.step - self.started_at) * a_step / (time.monotonic() - self.steps_start)
+        known = published_tokens(t.config, t.corpus)
+        seconds = max(0, (known or t.config.steps * a_step) - t.tokens()) / rate
+        until = (datetime.now() + timedelta(seconds=seconds)).strftime("%Y-%m-%d %H:%M")
+        why = (
+            f"if it takes the {known:,} tokens of the published run" if known else "at most: then the last step is done"
+        )
+        return f"Time to target at {rate:.0f} tok/s: {duration(seconds)}, until {until}, {why}"
 
     def take_step(self) -> None:
         """One step; whatever torch.compile can't do on this machine shows in the first."""
@@ -2049,6 +2166,7 @@ class Loop:
             if self.final_loss is None and self.trainer.seen_all():
                 self.prove()
             self.write_samples()
+            self.tell_what_is_learned()
         self.writer.finish()
         self.summarize(ended)
         return ended
@@ -2140,11 +2258,27 @@ class Loop:
         """Appends to samples.txt what the model writes now, and shows it."""
         t = self.trainer
         if self.main and t.config.num_prompts and self.sampled_step != t.step:
-            texts = t.sample(self.poll)
-            self.writer.append(self.run_dir.write_samples, t.step, texts)
+            self.texts = t.sample(self.poll)
+            self.writer.append(self.run_dir.write_samples, t.step, self.texts)
             self.sampled_step = t.step
-            for prompt, text in texts:
+            for prompt, text in self.texts:
                 show(f"--- sample at step {t.step} ---\n{prompt}{text}\n")
+
+    def tell_what_is_learned(self) -> None:
+        """By heart, or not: recall, and how much of each sample is the text's own words."""
+        t = self.trainer
+        if not self.main:
+            return
+        self.recall = t.recall(self.poll)
+        if self.recall is not None:
+            given, asked = RECALL_TOKENS
+            self.log.info(f"recall {self.recall:.4f} (of the next {asked} tokens, after {given} from the text)")
+        if len(t.corpus.text) <= VERBATIM_CHARACTERS and t.config.num_prompts:
+            texts = self.texts or t.sample(self.poll)  # those of this step were written before a kill
+            found = [(prompt, len(text), longest_verbatim(text, t.corpus.text)) for prompt, text in texts]
+            self.samples = [dict(zip(("prompt", "characters", "verbatim"), row, strict=True)) for row in found]
+            runs = ", ".join(f"{verbatim} of {characters}" for _, characters, verbatim in found)
+            self.log.info(f"Longest verbatim run of each sample, in characters: {runs}")
 
     def record(self, ended: str | None) -> dict:
         """What run.json says: what this run is and, once it is over, how it ended (None: it isn't)."""
@@ -2170,6 +2304,8 @@ class Loop:
             "best_loss": t.best_loss,
             "target_loss": t.config.target_loss,
             "final_loss": self.final_loss,
+            "recall": self.recall,
+            "samples": self.samples,
             "tokens_to_target": t.tokens() if reached else None,
             "seconds_to_target": round(self.seconds_at_target, 3) if reached else None,
             "exit_code": self.exit_code(ended),
@@ -2206,7 +2342,7 @@ class Loop:
         for line in (
             f"Device: {t.runtime.describe_device()}, because {why}",
             f"Precision: {t.runtime.describe_precision()}, because {t.runtime.reason}",
-            f"Optimizer: AdamW, {fused}",
+            f"Optimizer: {'Muon for the matrices of the blocks, otherwise ' * (c.optimizer == 'muon')}AdamW, {fused}",
             f"Args: {json.dumps(dataclasses.asdict(c), ensure_ascii=False)}",
             f"Parameters: {total:,} ({4 * total / 1e6:.1f} MB in fp32)",
             "Parameters by component: " + ", ".join(f"{name} {count:,}" for name, count in counts.items()),

@@ -37,6 +37,7 @@ TINY = {
     "steps": 6,
     "log_every": 1,
     "max_new_tokens": 4,
+    "recall_places": 2,
     "device": "cpu",
     "amp": "off",
 }
