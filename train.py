@@ -2145,7 +2145,7 @@ class Loop:
         seconds = max(0, (known or t.config.steps * a_step) - t.tokens()) / rate
         until = (datetime.now() + timedelta(seconds=seconds)).strftime("%Y-%m-%d %H:%M")
         why = (
-            f"if it takes the {known:,} tokens of the published run" if known else "at most: then the last step is done"
+            f"if it takes the {known:,} tokens of the published run" if known else "at most: by then all steps are done"
         )
         return f"Time to target at {rate:.0f} tok/s: {duration(seconds)}, until {until}, {why}"
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 
 import pytest
@@ -100,3 +101,57 @@ def test_a_device_without_fused_adamw_gets_the_plain_one(tiny, monkeypatch):
     assert optimizer_of(tiny()).defaults["fused"]
     monkeypatch.setattr(torch.optim, "AdamW", no_fused)
     assert not optimizer_of(tiny()).defaults["fused"]
+
+
+def test_muon_has_the_matrices_of_the_blocks_and_adamw_the_rest(tiny):
+    model = train.GPT(train.GPTConfig(block_size=8, vocab_size=11, n_layer=2, n_head=1, n_embd=4))
+    optimizer = train.build_optimizer(model, tiny(optimizer="muon", weight_decay=0.3, lr=1e-2))
+    names = {id(p): name for name, p in model.named_parameters()}
+    muon, decayed, rest = ([names[id(p)] for p in group["params"]] for group in optimizer.param_groups)
+    assert len(muon) == 2 * 4 and all(name.startswith("transformer.h.") and name.endswith("weight") for name in muon)
+    assert decayed == ["transformer.wte.weight", "transformer.wpe.weight"]
+    assert len(muon) + len(decayed) + len(rest) == len(list(model.parameters()))
+    assert [group["weight_decay"] for group in optimizer.param_groups] == [0.3, 0.3, 0.0]
+    assert all("ln_" in name or name.endswith("bias") for name in rest)
+
+
+def test_muon_and_adamw_do_together_what_each_does_alone(tiny):
+    """The same updates as torch's two optimizers called by hand, with a state that is loaded on the way."""
+    config = tiny(optimizer="muon", steps=8, warmup_steps=3, lr=1e-2, weight_decay=0.2).resolved(1, 1)
+    torch.manual_seed(0)
+    a = train.GPT(train.GPTConfig(block_size=8, vocab_size=11, n_layer=1, n_head=1, n_embd=4))
+    b = copy.deepcopy(a)
+    optimizer = train.build_optimizer(a, config)
+    scheduler = train.build_scheduler(optimizer, config)
+    blocks = [p for p in b.transformer.h.parameters() if p.dim() == 2]
+    tables = [b.transformer.wte.weight, b.transformer.wpe.weight]
+    rest = [p for p in b.parameters() if p.dim() == 1]
+    groups = [{"params": tables, "weight_decay": 0.2}, {"params": rest, "weight_decay": 0.0}]
+    alone = [
+        torch.optim.Muon(blocks, momentum=0.95, weight_decay=0.2, adjust_lr_fn="match_rms_adamw"),
+        torch.optim.AdamW(groups, betas=(0.9, 0.95), fused=True),
+    ]
+    for step, rate in enumerate(curve(config), 1):
+        for p, q in zip(a.parameters(), b.parameters(), strict=True):
+            p.grad = torch.randn_like(p)
+            q.grad = p.grad.clone()
+        for group in (group for part in alone for group in part.param_groups):
+            group["lr"] = rate
+        for part in (optimizer, *alone):
+            part.step()
+        assert all(torch.equal(p, q) for p, q in zip(a.parameters(), b.parameters(), strict=True)), step
+        if step == 4:
+            state, optimizer = optimizer.state_dict(), train.build_optimizer(a, config)
+            optimizer.load_state_dict(copy.deepcopy(state))
+            scheduler = train.build_scheduler(optimizer, config, 4)
+        elif step < 8:
+            scheduler.step()
+
+
+def test_muon_is_refused_where_it_would_crawl(tiny, monkeypatch):
+    monkeypatch.setattr(train, "cpu_has_bf16", lambda: False)
+    with pytest.raises(train.UsageError, match="optimizer muon computes in bf16, which this CPU only emulates: use"):
+        tiny(optimizer="muon").validate()
+    tiny(optimizer="adamw").validate()
+    monkeypatch.setattr(train, "cpu_has_bf16", lambda: True)
+    tiny(optimizer="muon").validate()

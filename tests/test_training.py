@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import collections
+import dataclasses
 import io
 import itertools
 import json
+import logging
 import math
 import os
 import random
+import re
 import subprocess
 import sys
 
@@ -16,6 +19,8 @@ import numpy as np
 import pytest
 import torch
 from conftest import PLAY, ROOT, rows_of, same_weights, tiny_flags, weights_of, without_times
+from hypothesis import given
+from hypothesis import strategies as st
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import train
@@ -190,8 +195,9 @@ def test_each_process_drops_other_activations(tiny, tokenizer):
     assert same_weights(states[0][1], states[1][1])
 
 
-def test_loss_scaling_skips_a_bad_step_and_the_schedule_goes_on(tiny, make_trainer):
-    config = tiny(steps=10, warmup_steps=5)
+@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
+def test_loss_scaling_skips_a_bad_step_and_the_schedule_goes_on(tiny, make_trainer, optimizer):
+    config = tiny(steps=10, warmup_steps=5, optimizer=optimizer)
     trainer, plain = make_trainer(config), make_trainer(config)
     trainer.runtime.scaler = torch.amp.GradScaler("cpu", init_scale=1e38)  # overflows in the first backward pass
     start = [p.clone() for p in trainer.model.parameters()]
@@ -322,12 +328,106 @@ def test_prompts_are_the_given_one_and_openings_from_the_text(tiny, make_trainer
     assert prompts != make_trainer(tiny(num_prompts=4, prompt="TILDA:\n", seed=1)).prompts()
 
 
+# ---- what was learned ----
+
+
+class Parrot(torch.nn.Module):
+    """A model that knows what follows each token of a text in which none comes twice, from its `known`-th on."""
+
+    def __init__(self, tokens: list[int], known: int = 0):
+        super().__init__()
+        self.follows = {a: b if i >= known else 0 for i, (a, b) in enumerate(itertools.pairwise(tokens), 1)}
+
+    def stream(self, rows, max_new_tokens, temperature):
+        assert temperature == 0
+        for _ in range(max_new_tokens):
+            rows = torch.tensor([[self.follows.get(int(row[-1]), 0)] for row in rows])
+            yield rows
+
+
+def test_recall_is_the_share_of_tokens_that_greedy_decoding_gives(tiny, make_trainer):
+    def recall(tokens, known=0):
+        trainer.corpus = dataclasses.replace(trainer.corpus, tokens=np.array(tokens, dtype=np.uint16))
+        trainer.model = Parrot(tokens, known)
+        return trainer.recall(lambda: None)
+
+    trainer, tokens = make_trainer(tiny(recall_places=50)), list(range(1, 400))
+    assert recall(tokens) == 1.0
+    # The first token that it doesn't know loses the thread: then all that follow are wrong.
+    known = [i + 32 >= 200 for i in random.Random(1337).sample(range(len(tokens) - 63), 50)]
+    assert 0.2 < recall(tokens, known=200) == sum(known) / 50 < 0.8
+    assert recall(tokens[:64]) == 1.0  # one place
+    assert recall(tokens[:63]) is None  # not one with 32 tokens behind 32
+
+
+@given(st.text(alphabet="ab\n", max_size=12), st.text(alphabet="ab\n", max_size=30))
+def test_the_longest_verbatim_run_is_that_of_all_pieces(text, source):
+    pieces = (text[i:j] for i in range(len(text) + 1) for j in range(i, len(text) + 1))
+    assert train.longest_verbatim(text, source) == max(len(piece) for piece in pieces if piece in source)
+
+
+def test_the_record_says_what_was_learned(tiny, tmp_path, monkeypatch):
+    heart = PLAY.read_text(encoding="utf-8")[100:180]
+    texts = [("A", heart), ("B", f"\u2603{heart[:40]}\u2603")]
+    monkeypatch.setattr(train.Trainer, "sample", lambda self, poll: texts)
+    record = train.train(tiny())
+    assert record["samples"] == [
+        {"prompt": "A", "characters": 80, "verbatim": 80},
+        {"prompt": "B", "characters": 42, "verbatim": 40},
+    ]
+    assert 0 <= record["recall"] <= 1
+    log = (tmp_path / "out" / "logs" / "train.log").read_text(encoding="utf-8")
+    assert f"recall {record['recall']:.4f} (of the next 32 tokens, after 32 from the text)" in log
+    assert "Longest verbatim run of each sample, in characters: 80 of 80, 40 of 42" in log
+    none = train.train(tiny(out_dir=str(tmp_path / "none"), num_prompts=0, recall_places=0))
+    assert none["recall"] is None and none["samples"] is None
+
+
+# ---- the estimate ----
+
+
+def test_the_time_to_target_is_said_once(tiny, tmp_path):
+    train.train(tiny(steps=103, log_every=1000, target_loss=0.0))
+    log = (tmp_path / "out" / "logs" / "train.log").read_text(encoding="utf-8")
+    (line,) = (line for line in log.splitlines() if "Time to target" in line)
+    form = r"at \d+ tok/s: \d s, until \d{4}-\d\d-\d\d \d\d:\d\d, at most: by then all steps are done$"
+    assert re.search(form, line)
+
+
+def test_the_estimate_is_what_is_left_over_the_speed(tiny, make_trainer, tmp_path, monkeypatch):
+    trainer = make_trainer(tiny(steps=1000))
+    loop = train.Loop(trainer, train.RunDirectory(tmp_path), logging.getLogger("none"), train.StopSignals(), "")
+    trainer.step, trainer.batcher.position = 100, 100
+    clock = loop.steps_start + 50.0
+    monkeypatch.setattr(train.time, "monotonic", lambda: clock)
+    assert "at 128 tok/s: 7 min 30 s, until " in loop.estimate()  # 900 steps at half a second
+    monkeypatch.setattr(train, "published_tokens", lambda *_: 64 * 300)
+    assert "1 min 40 s, until " in loop.estimate()
+    assert loop.estimate().endswith("if it takes the 19,200 tokens of the published run")
+
+
+@pytest.mark.parametrize("name", train.PUBLISHED)
+def test_a_published_run_is_known_by_its_settings_and_its_text(tokenizer, name):
+    settings = dataclasses.replace(train.TrainConfig(), **train.PRESETS[name])
+    if not (ROOT / settings.input_file).exists():
+        pytest.skip("data/input.txt isn't there")
+    corpus = train.load_corpus(str(ROOT / settings.input_file), tokenizer)
+    same = dataclasses.replace(settings, out_dir="elsewhere", save_every=7).resolved(10, 1)
+    assert train.published_tokens(same, corpus) == train.PUBLISHED[name][1]
+    for change in ({"lr": 1.0}, {"n_layer": 1}, {"batch_size": 3}, {"randomize_batches": True}):
+        assert train.published_tokens(dataclasses.replace(same, **change), corpus) is None
+    assert train.published_tokens(same, dataclasses.replace(corpus, tokens=corpus.tokens[1:])) is None
+
+
 # ---- resume ----
 
 
-@pytest.mark.parametrize("options", [{}, {"grad_accum": 3, "dropout": 0.3, "randomize_batches": True}])
+@pytest.mark.parametrize(
+    "options", [{}, {"optimizer": "muon"}, {"grad_accum": 3, "dropout": 0.3, "randomize_batches": True}]
+)
 def test_a_resumed_run_equals_one_that_never_stopped(tiny, tmp_path, monkeypatch, options):
     """Interrupted twice in the middle of a pass: the same rows, samples and checkpoints, bit for bit."""
+    monkeypatch.setattr(train, "cpu_has_bf16", lambda: True)
     settings = {"steps": 60, "save_every": 20, "sample_every": 20, "log_every": 4, **options}
     train.train(tiny(out_dir=str(tmp_path / "whole"), **settings))
     for stop_at in (20, 47, None):  # at a save, and between two
@@ -397,7 +497,7 @@ def test_what_came_after_the_checkpoint_is_done_again_and_not_doubled(tiny, tmp_
     assert (tmp_path / "out" / "samples" / "samples.txt").read_text() == samples
 
 
-@pytest.mark.parametrize("cut", ["evaluate", "sample"])
+@pytest.mark.parametrize("cut", ["evaluate", "sample", "recall"])
 @pytest.mark.parametrize("settings", [{"steps": 100, "target_loss": 1000.0}, {"steps": 45, "target_loss": 0.0}])
 def test_an_ending_that_was_cut_short_is_made_up_for(tiny, tmp_path, monkeypatch, cut, settings):
     """Stopped in the proof or in a sample: resumed, the run ends as the one that wasn't."""
@@ -411,7 +511,7 @@ def test_an_ending_that_was_cut_short_is_made_up_for(tiny, tmp_path, monkeypatch
         patch.setattr(train.Trainer, cut, stopped)
         assert train.train(tiny(out_dir=str(tmp_path / "cut"), **settings))["ended"] == "interrupted"
     resumed = train.train(tiny(out_dir=str(tmp_path / "cut"), resume="auto", **settings))
-    for key in ("ended", "steps", "tokens", "avg_loss", "final_loss", "tokens_to_target"):
+    for key in ("ended", "steps", "tokens", "avg_loss", "final_loss", "tokens_to_target", "recall", "samples"):
         assert resumed[key] == whole[key], key
     assert without_times(rows_of(tmp_path / "whole")) == without_times(rows_of(tmp_path / "cut"))
     samples = [(tmp_path / name / "samples" / "samples.txt").read_text() for name in ("whole", "cut")]
@@ -542,10 +642,12 @@ def test_a_run_that_reached_its_target_has_nothing_more_to_do(tiny):
         ({"n_embd": 32}, "n_embd 32 conflicts with the checkpoint's 16"),
         ({"seq_len": 16}, "seq_len 16 conflicts with the checkpoint's 32"),
         ({"seed": 5}, "seed 5 conflicts with the checkpoint's 1337"),
+        ({"optimizer": "muon"}, "optimizer muon conflicts with the checkpoint's adamw"),
         ({"input_file": __file__}, "isn't the checkpoint's text"),
     ],
 )
-def test_another_run_is_not_resumed_by_mistake(tiny, tmp_path, changes, sentence):
+def test_another_run_is_not_resumed_by_mistake(tiny, tmp_path, monkeypatch, changes, sentence):
+    monkeypatch.setattr(train, "cpu_has_bf16", lambda: True)
     train.train(tiny())
     before = (tmp_path / "out" / "run.json").read_bytes()
     with pytest.raises(train.UsageError, match=sentence):
