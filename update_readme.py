@@ -4,9 +4,10 @@
     python update_readme.py --run_dir out/demo --check  # is the README up to date? 0 yes, 5 no; writes nothing
     python update_readme.py --run_dir out/demo --diff   # what would change; writes nothing
 
-Blocks: SUMMARY, CURVE, METRICS, SAMPLES, LOGS and REPRODUCE come from the run directory, FLAGS from the source of
-train.py. A block that the README lacks is left alone. What a block says comes from the run, never from the clock, so
-the same run directory gives the same bytes. Reads, where they exist, and copes with what is missing or half written:
+Blocks: SUMMARY, CURVE, METRICS, SAMPLES, LOGS and REPRODUCE come from the run directory, COMPARE also from those
+beside it and from benchmarks/earlier_runs.json, FLAGS from the source of train.py. A block that the README lacks is
+left alone. What a block says comes from the run, never from the clock, so the same run directory gives the same bytes.
+Reads, where they exist, and copes with what is missing or half written:
 
     RUN/run.json                 how the run was made and how it ended
     RUN/logs/train_metrics.csv   a row each logged step, with at least the columns step and loss
@@ -36,14 +37,14 @@ import shutil
 import sys
 import urllib.parse
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import datetime
 from pathlib import Path
 
 from markdown_it import MarkdownIt
 
 HERE = Path(__file__).resolve().parent
-NAMES = ("SUMMARY", "CURVE", "METRICS", "SAMPLES", "LOGS", "REPRODUCE", "FLAGS")
+NAMES = ("SUMMARY", "CURVE", "METRICS", "SAMPLES", "LOGS", "REPRODUCE", "COMPARE", "FLAGS")
 
 METRICS_ROWS = 12  # rows of the table, evenly spaced
 LOG_EDGE, LOG_MIDDLE = 20, 12  # lines of the log at either end, at most, and steps between
@@ -104,6 +105,7 @@ class Run:
     rows: list[dict[str, float]]  # the logged steps, each once, in order; keys are those of FORMATS
     log: list[str]
     sample: tuple[int | None, str]  # (step, text) of the latest; (None, "") where there is none
+    beside: tuple[Run, ...] = ()  # the other runs in the same folder that are on the same text
 
     def number(self, key: str) -> float | None:
         return finite(self.record.get(key))
@@ -111,6 +113,11 @@ class Run:
     def text(self, key: str) -> str | None:
         value = self.record.get(key)
         return value if isinstance(value, str) and value.strip() else None
+
+    def part(self, name: str) -> dict:
+        """An object in run.json; {} where there is none."""
+        value = self.record.get(name)
+        return value if isinstance(value, dict) else {}
 
     def with_figure(self, key: str) -> list[dict[str, float]]:
         """The rows that have a finite `key`; of avg_loss, those since the first full pass, if any says that it was."""
@@ -162,6 +169,18 @@ def read_run(folder: Path, name: str) -> tuple[Run, list[str]]:
         notes.append(f"{folder} has no CSV with steps: the log serves")
     sample = read_sample(sample_file) if sample_file else (None, "")
     return Run(harmless(name), read_record(record_file), rows, log, sample), notes
+
+
+def runs_beside(folder: Path, run: Run) -> tuple[Run, ...]:
+    """The runs in the other folders beside this one whose record names the same text, in order of their names."""
+    sha256, found = run.part("corpus").get("sha256"), []
+    for other in sorted(p.parent for p in folder.resolve().parent.glob("*/run.json")) if sha256 else ():
+        if other != folder.resolve():
+            name = str(Path(run.folder).parent / other.name) if "/" in run.folder else other.name
+            with contextlib.suppress(ReadmeError, OSError):  # what isn't whole has nothing to tell here
+                there, _ = read_run(other, Path(name).as_posix())
+                found += [there] * (there.part("corpus").get("sha256") == sha256)
+    return tuple(found)
 
 
 def find(folder: Path, usual: str, pattern: str, notes: list[str]) -> Path | None:
@@ -430,7 +449,29 @@ def metrics(run: Run) -> str:
 
     cells = [[cell(row, key) for key in columns] for row in rows]
     bold = " The lowest of each loss is bold." if best else ""
-    return f"{table(columns, cells, '---:')}\n\n{len(rows)} of {len(run.rows)} logged rows.{bold}"
+    lines = [f"{table(columns, cells, '---:')}\n\n{len(rows)} of {len(run.rows)} logged rows.{bold}", *learned(run)]
+    return "\n".join(lines)
+
+
+def learned(run: Run) -> Iterator[str]:
+    """What is known by heart: recall, and the samples' own words of the text."""
+    places, recall = run.settings().get("recall_places"), run.number("recall")
+    if recall is not None:
+        where = f"up to {places} places" if finite(places) else "places"
+        yield ""
+        yield (
+            f"- recall: **{recall:.4f}** of the next 32 tokens come back exactly by greedy decoding, after 32 tokens of"
+            f" the text from {where} drawn by seed"
+        )
+    samples = run.record.get("samples")
+    pairs = [(finite(s.get("verbatim")), finite(s.get("characters"))) for s in samples] if dicts(samples) else []
+    if pairs and all(None not in pair for pair in pairs):
+        runs = ", ".join(f"**{verbatim:.0f}** of {characters:.0f}" for verbatim, characters in pairs)
+        yield f"- Longest run of each sample that stands in the text word for word, in characters: {runs}"
+
+
+def dicts(value) -> bool:
+    return isinstance(value, list) and all(isinstance(item, dict) for item in value)
 
 
 def samples(run: Run) -> str:
@@ -479,7 +520,7 @@ def reproduce(run: Run) -> str:
     """The exact command, and all that its result depends on."""
     if not run.record:
         return "There is no run.json, so only the log tells how this run was made."
-    versions, corpus, resumed = (run.record.get(key) for key in ("versions", "corpus", "resumed"))
+    versions, corpus, resumed = run.part("versions"), run.part("corpus"), run.record.get("resumed")
     commit = run.text("git_commit") or ""
     facts = {
         "Seed": run.record.get("seed"),
@@ -487,9 +528,9 @@ def reproduce(run: Run) -> str:
         "Device": run.text("device"),
         "Precision": run.text("precision"),
         "Processes": run.record.get("processes"),
-        "Versions": ", ".join(f"{k} {v}" for k, v in versions.items()) if isinstance(versions, dict) else "",
-        "Text": corpus.get("file") if isinstance(corpus, dict) else "",
-        "SHA-256 of the text": corpus.get("sha256") if isinstance(corpus, dict) else "",
+        "Versions": ", ".join(f"{k} {v}" for k, v in versions.items()),
+        "Text": corpus.get("file"),
+        "SHA-256 of the text": corpus.get("sha256"),
     }
     lines = [f"- {name}: {code(str(value))}" for name, value in facts.items() if value not in (None, "")]
     if commit.endswith("-dirty"):
@@ -499,6 +540,48 @@ def reproduce(run: Run) -> str:
         lines.append(f"- Resumed {times}, at last by {code(str(resumed[-1]))}")
     command = [fence(run.text("command"), "sh")] if run.text("command") else []
     return "\n\n".join([*command, "\n".join(lines)]).strip() or "run.json says nothing of how to repeat this run."
+
+
+def compare(run: Run) -> str:
+    """A table of the runs on this text: the earlier ones that are on record, then this one and those beside it."""
+    earlier = earlier_runs(run)
+    header = ("Run", "Optimizer", "Tokens a step", "Steps", "Tokens", "Judged by")
+    rows = [
+        [
+            plain(past["name"]),
+            plain(past["optimizer"] or "not on record"),
+            *(f"{past[key]:,}" if past[key] else "not on record" for key in ("tokens_per_step", "steps", "tokens")),
+            plain(past["judged_by"]),
+        ]
+        for past in earlier
+    ]
+    return table(header, rows + [compared(one) for one in (run, *run.beside)])
+
+
+def compared(run: Run) -> list[str]:
+    """A row of this program's run."""
+    settings = run.settings()
+    name = {"adamw": "AdamW", "muon": "Muon"}.get(settings.get("optimizer", "adamw"), "not on record")
+    lr, final, last = finite(settings.get("lr")), run.number("final_loss"), run.rows[-1] if run.rows else {}
+    # the record's own are of the start, until the run has ended
+    steps, tokens = (
+        run.number(k) if run.text("ended") else last.get(column)
+        for k, column in (("steps", "step"), ("tokens", "tokens"))
+    )
+    judged = [] if final is None else [f"**{final:.4f}**, final_loss over the whole text"]
+    judged += [f"{row['avg_loss']:.4f}, avg_loss of a full pass" for row in run.with_figure("avg_loss")[-1:]]
+    if final is None or final >= run.target_loss() > 0:
+        judged.append("the target isn't reached" if run.text("ended") else "not ended yet")
+    figures = (tokens / steps if tokens and steps else None, steps, tokens)
+    done = [f"{n:,.0f}" if n is not None else "not on record" for n in figures]
+    return [code(run.folder), f"{name}, peak {lr:.3g}" if lr else name, *done, "; ".join(judged)]
+
+
+def earlier_runs(run: Run) -> list[dict]:
+    """What benchmarks/earlier_runs.json knows of the run's text."""
+    path = HERE / "benchmarks" / "earlier_runs.json"
+    known = read_record(path)
+    return known["runs"] if known and known["sha256"] == run.part("corpus").get("sha256") else []
 
 
 def flags(source: Path) -> str:
@@ -554,8 +637,8 @@ DARK = {
 }
 
 
-def curve(run: Run) -> bytes:
-    """An SVG of the losses (log scale) and the learning rate against the step; the same rows give the same bytes.
+def picture(draw: Callable, title: str) -> bytes:
+    """The SVG of a figure that `draw` fills; the same rows give the same bytes.
 
     It brings its own background, so that it is legible on any page, and turns dark where the reader prefers that."""
     os.environ["MPLBACKEND"] = "svg"  # a notebook leaves the name of one that isn't there
@@ -564,12 +647,22 @@ def curve(run: Run) -> bytes:
         from matplotlib.backends.backend_svg import FigureCanvasSVG
         from matplotlib.figure import Figure
     except ImportError:
-        raise ReadmeError("the CURVE block needs matplotlib: pip install -r requirements.txt") from None
+        raise ReadmeError("CURVE and COMPARE need matplotlib: pip install -r requirements.txt") from None
     # Text stays text and ids depend on nothing but the drawing, so that no font and no clock gets into the file.
     style = {"svg.fonttype": "none", "svg.hashsalt": "curve", "font.family": "sans-serif", "font.size": 10}
     with matplotlib.rc_context({**matplotlib.rcParamsDefault, **style}):
         figure = Figure(figsize=(8, 5), facecolor=PAPER)
         FigureCanvasSVG(figure)
+        draw(figure)
+        out = io.BytesIO()
+        figure.savefig(out, format="svg", metadata={"Date": None, "Creator": None, "Title": title})
+    return with_dark_colours(out.getvalue().decode()).encode()
+
+
+def curve(run: Run) -> bytes:
+    """The losses (log scale) and the learning rate against the step."""
+
+    def draw(figure) -> None:
         # At fixed places, since measured text would move them.
         upper = figure.add_axes((0.11, 0.36, 0.75, 0.57), facecolor=PAPER)
         draw_losses(upper, run)
@@ -577,18 +670,51 @@ def curve(run: Run) -> bytes:
             upper.tick_params(labelbottom=False)
             draw_lr(figure.add_axes((0.11, 0.10, 0.75, 0.20), facecolor=PAPER, sharex=upper), run)
         figure.axes[-1].set_xlabel("step", color=INK)
-        out = io.BytesIO()
-        figure.savefig(out, format="svg", metadata={"Date": None, "Creator": None, "Title": describe(run)})
-    return with_dark_colours(out.getvalue().decode()).encode()
+
+    return picture(draw, describe(run))
+
+
+def comparison(run: Run) -> bytes:
+    """avg_loss (log scale) against tokens: this run, those beside it, and the points of earlier ones."""
+
+    def draw(figure) -> None:
+        axes = figure.add_axes((0.11, 0.12, 0.75, 0.81), facecolor=PAPER)
+        axes.set_yscale("log")
+        key = []
+        for past in earlier_runs(run):
+            if past["points"]:
+                look = {"color": INK, "linewidth": 1.0, "linestyle": ":", "marker": "o", "markersize": 5}
+                axes.plot(*zip(*past["points"], strict=True), **look)
+                key.append((past["name"], {**look, "markevery": (1, 2)}))
+        for one, colour in zip((run, *run.beside), (LOSS, HELD_OUT, LR), strict=False):  # more would be a tangle
+            tokens, values = series(one, one.measure(), "tokens")
+            if tokens:
+                axes.plot(tokens, values, color=colour, linewidth=1.6, marker=dots(tokens))
+                key.append((one.folder, {"color": colour, "linewidth": 3}))
+        finish_losses(axes, run, key, letter=0.0125)
+        axes.set_xlim(left=0)
+        axes.xaxis.set_major_formatter(lambda tokens, _: f"{tokens / 1e6:g}")
+        axes.set_xlabel("tokens, millions", color=INK)
+
+    return picture(draw, describe_comparison(run))
+
+
+def describe_comparison(run: Run) -> str:
+    """The picture in words."""
+    needed = run.number("tokens_to_target")
+    own = f"{run.folder} met its target after {needed:,.0f} tokens" if needed else f"{run.folder} against tokens"
+    past = [f"{past['name']} after {past['tokens']:,}" for past in earlier_runs(run)]
+    return "; ".join([own, *past])
 
 
 TINY = 1e-30
 
 
-def series(run: Run, key: str) -> tuple[list[float], list[float]]:
+def series(run: Run, key: str, over: str = "step") -> tuple[list[float], list[float]]:
     """(steps, values) of a column, as many as can be told apart in the picture."""
     least = 0 if key == "lr" else TINY  # a loss of 0 has no place on a log scale
-    points = [(row["step"], row[key]) for row in run.rows if least <= row.get(key, -1) < 1 / TINY]
+    rows = [row for row in run.rows if math.isfinite(row.get(over, math.nan))]
+    points = [(row[over], row[key]) for row in rows if least <= row.get(key, -1) < 1 / TINY]
     points = [points[i] for i in thin(len(points), CURVE_POINTS)]
     return [x for x, _ in points], [y for _, y in points]
 
@@ -611,13 +737,18 @@ def draw_losses(axes, run: Run) -> None:
         ring = {"color": LOSS, "linewidth": 0, "marker": "o", "markersize": 8, "markerfacecolor": PAPER}
         axes.plot([best["step"]], [best[measure]], **ring)
         key.append((f"best: {best[measure]:.4g} at step {best['step']}", {**ring, "markevery": (1, 2)}))
+    finish_losses(axes, run, key)
+
+
+def finish_losses(axes, run: Run, key: Sequence[tuple[str, dict]], letter: float = 0.0105) -> None:
+    """The target, the numbers of the axis, and what each line is."""
     if (goal := run.target_loss()) >= TINY:
         axes.axhline(goal, color=TARGET, linewidth=1.2, linestyle="--")
         axes.annotate(f"target {goal:.3g}", (1.01, goal), color=TARGET, va="center", xycoords=("axes fraction", "data"))
     ticks = round_numbers(*axes.set_ylim(axes.get_ylim()))  # set, so that no later line moves them
     axes.set_yticks(ticks, [f"{tick:g}" for tick in ticks])
     axes.set_ylabel("loss, nats per token", color=INK)
-    draw_key(axes, key)
+    draw_key(axes, key, letter)
     frame(axes)
 
 
@@ -638,13 +769,14 @@ def round_numbers(low: float, high: float) -> list[float]:
     return [float(f"{unit * i:.12g}") for i in multiples[:: math.ceil(len(multiples) / 9)]]
 
 
-def draw_key(axes, key: Sequence[tuple[str, dict]]) -> None:
-    """What each line is, in a row above the axes; matplotlib's legend would be placed by measured text."""
+def draw_key(axes, key: Sequence[tuple[str, dict]], letter: float) -> None:
+    """What each line is, in a row above the axes; matplotlib's legend would be placed by measured text, so that it
+    would depend on the machine's fonts. `letter` is about the width of one."""
     x = 0.0
     for label, look in key:
         axes.plot([x, x + 0.03], [1.05, 1.05], transform=axes.transAxes, clip_on=False, **look)
         axes.text(x + 0.045, 1.05, label, color=INK, va="center", transform=axes.transAxes)
-        x += 0.066 + 0.0105 * len(label)  # about the width of a letter
+        x += 0.066 + letter * len(label)
 
 
 def draw_lr(axes, run: Run) -> None:
@@ -814,7 +946,7 @@ class Change:
         return Path(os.path.realpath(self.path))  # through a link, which stays
 
     def part(self) -> Path:
-        return self.target().with_name(f".{os.getpid()}.part")
+        return self.target().with_name(f".{self.path.stem[:40]}.{os.getpid()}.part")
 
     def stage(self) -> None:
         """Puts the new content on the disk, beside the file. Raises ReadmeError if that can't be done."""
@@ -874,14 +1006,17 @@ def plan(readme: Path, run_dir: Path, assets_dir: Path) -> tuple[list[Change], l
             f"{readme} has no block: put <!--AUTO:SUMMARY:START--> and <!--AUTO:SUMMARY:END--> on two lines"
         )
     run, notes = read_run(run_dir, relative(run_dir, readme.parent))
+    if "COMPARE" in blocks:
+        run = replace(run, beside=runs_beside(run_dir, run))
     changes = []
     for name, (start, end) in sorted(blocks.items(), key=lambda item: item[1], reverse=True):  # so that indices hold
         content = BLOCKS[name](run)
-        if name == "CURVE" and run.rows:
-            path = assets_dir / "curve.svg"
-            changes.append(Change(path, path.read_bytes() if path.exists() else None, curve(run)))
+        if name in PICTURES and run.rows:
+            draw, words = PICTURES[name]
+            path = assets_dir / f"{name.lower()}.svg"
+            changes.append(Change(path, path.read_bytes() if path.exists() else None, draw(run)))
             link = urllib.parse.quote(os.fsencode(relative(path, readme.parent)))
-            content = f"![{plain(describe(run))}]({link})"
+            content = f"{content}\n\n![{plain(words(run))}]({link})".strip()
         # As far to the right as the marker, so that it stays in the same list item.
         indent, newline = re.match(r"([ \t]*).*?([\r\n]+)\Z", lines[start]).groups()
         lines[start + 1 : end] = [
@@ -897,12 +1032,20 @@ def plan(readme: Path, run_dir: Path, assets_dir: Path) -> tuple[list[Change], l
 
 BLOCKS: dict[str, Callable[[Run], str]] = {
     "SUMMARY": summary,
-    "CURVE": lambda run: "There is no curve yet, since no step has been logged.",
+    "CURVE": lambda run: "" if run.rows else "There is no curve yet, since no step has been logged.",
     "METRICS": metrics,
     "SAMPLES": samples,
     "LOGS": logs,
     "REPRODUCE": reproduce,
+    "COMPARE": compare,
     "FLAGS": lambda run: flags(HERE / "train.py"),
+}
+
+
+# (the picture that a block ends with, what it shows in words)
+PICTURES: dict[str, tuple[Callable[[Run], bytes], Callable[[Run], str]]] = {
+    "CURVE": (curve, describe),
+    "COMPARE": (comparison, describe_comparison),
 }
 
 

@@ -507,6 +507,72 @@ def test_bytes_that_are_no_utf8_in_the_files_of_a_run(run_dir, tmp_path):
     assert "caf\ufffd" in readme.read_text()
 
 
+# ---- runs on the same text ----
+
+EARLIER = json.loads((ROOT / "benchmarks" / "earlier_runs.json").read_text(encoding="utf-8"))
+
+
+def put_record(folder, **changes) -> None:
+    path = folder / "run.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+
+
+def test_runs_on_the_same_text_are_compared(run_dir, tmp_path):
+    """The earlier ones on record, this one, and those beside it; not one on another text, nor one that is broken."""
+    readme = write_readme(tmp_path, "COMPARE")
+    shakespeare = {"sha256": EARLIER["sha256"]}
+    muon = {"optimizer": "muon", "lr": 0.0015}
+    for name in ("second", "other_text", "broken"):
+        shutil.copytree(run_dir, run_dir.parent / name)
+    put_record(run_dir, corpus=shakespeare, steps=700, tokens=2_867_200, final_loss=0.0712, config=muon)
+    put_record(run_dir.parent / "second", corpus=shakespeare, ended=None, end=None, final_loss=None)
+    (run_dir.parent / "broken" / "run.json").write_text("{")
+    assert update() == 0
+    lines = block(readme, "COMPARE").split("\n")
+    rows = [line.strip("| ").split(" | ") for line in lines if line.startswith("|")][2:]
+    assert [row[0] for row in rows] == [*(past["name"] for past in EARLIER["runs"]), "`out/own`", "`out/second`"]
+    assert rows[0][2:5] == ["2,048", "6,702", "13,725,696"] and rows[1][1] == "not on record"
+    assert rows[2][1:5] == ["Muon, peak 0.0015", "4,096", "700", "2,867,200"]
+    assert rows[2][5].startswith("**0.0712**, final_loss over the whole text; ")
+    assert rows[3][3] == "59" and rows[3][5].endswith("not ended yet")  # from its rows: its record is of the start
+    assert lines[-1].endswith("(assets/compare.svg)")
+    svg = (tmp_path / "assets" / "compare.svg").read_text()
+    assert svg.count("<text") > 8 and "tokens, millions" in svg and "out/second" in svg and "other_text" not in svg
+    assert update("--check") == 0
+    shutil.rmtree(run_dir.parent / "second")
+    assert update("--check") == 5
+
+
+def test_a_run_on_a_text_of_its_own_is_compared_with_nothing(run_dir, tmp_path):
+    readme = write_readme(tmp_path, "COMPARE")
+    assert update() == 0
+    assert [line for line in block(readme, "COMPARE").split("\n") if "earlier" in line] == []
+    assert "`out/own`" in block(readme, "COMPARE")
+
+
+def test_earlier_runs_add_up():
+    (steps, _) = EARLIER["runs"]
+    assert steps["tokens"] == steps["steps"] * steps["tokens_per_step"] == steps["points"][-1][0]
+    at = [200, 1000, 2000, 3000, 4000, 5000, 6000, 6702]
+    assert [tokens for tokens, _ in steps["points"]] == [2048 * step for step in at]
+
+
+@pytest.mark.parametrize("config", [{"recall_places": 40}, {}])
+def test_what_was_learned_stands_below_the_metrics(run_dir, tmp_path, config):
+    readme = write_readme(tmp_path, "METRICS")
+    assert update() == 0 and "recall" not in block(readme, "METRICS")
+    samples = [{"prompt": "A", "characters": 640, "verbatim": 93}, {"prompt": "B", "characters": 7, "verbatim": 7}]
+    put_record(run_dir, recall=0.875, samples=samples, config=config)
+    assert update() == 0
+    first, second = block(readme, "METRICS").split("\n")[-2:]
+    assert "recall: **0.8750** of the next 32 tokens" in first and ("up to 40 places" in first) == bool(config)
+    assert second.endswith("in characters: **93** of 640, **7** of 7")
+    assert_sound_markdown(readme.read_text())
+    for odd in ([1], "x", [{}], [{"verbatim": "a", "characters": None}], {}):
+        put_record(run_dir, samples=odd, recall="high")
+        assert update() == 0 and "recall" not in block(readme, "METRICS")
+
+
 # ---- the curve ----
 
 
@@ -916,7 +982,7 @@ def test_a_readme_and_its_pictures_elsewhere(run_dir, tmp_path):
 def test_blocks_that_the_readme_lacks_are_named(run_dir, tmp_path, capsys):
     write_readme(tmp_path, "SUMMARY", "LOGS", "METRICS", "SAMPLES")
     assert update() == 0
-    assert "README.md has no block CURVE, REPRODUCE, FLAGS: left alone\n" in capsys.readouterr().out
+    assert "README.md has no block CURVE, REPRODUCE, COMPARE, FLAGS: left alone\n" in capsys.readouterr().out
 
 
 def test_usage_errors(run_dir, tmp_path, capsys):
