@@ -126,7 +126,7 @@ class TrainConfig:
     optimizer: str = flag("adamw", "muon: for the blocks' matrices, AdamW for the rest", choices=("adamw", "muon"))
     lr: float = flag(3e-4, "peak learning rate", above=0)
     warmup_steps: int | None = flag(None, "steps to the peak (default: a tenth of steps, at most 300)", least=0)
-    weight_decay: float = flag(0.1, "AdamW's decay of matrices; biases and LayerNorms have none", least=0)
+    weight_decay: float = flag(0.1, "decay of matrices; biases and LayerNorms have none", least=0)
     beta1: float = flag(0.9, "AdamW's memory of the gradient", least=0, below=1)
     beta2: float = flag(0.95, "AdamW's memory of its square", least=0, below=1)
     clip_grad: float = flag(1.0, "gradient norm to scale down to (0: no clipping)", least=0)
@@ -140,7 +140,9 @@ class TrainConfig:
     max_new_tokens: int = flag(200, "tokens in a sample", least=1)
     top_k: int = flag(50, "sample from the k likeliest tokens (0: from all)", least=0)
     temperature: float = flag(0.9, "flattens (over 1) or sharpens (under 1) the choice; 0: the likeliest", least=0)
-    recall_places: int = flag(200, "places at which the end of a run tests what is known by heart (0: none)", least=0)
+    recall_places: int = flag(
+        200, "places at which the end of a run tests what is known by heart (0: none)", least=0, below=10**5
+    )
 
     device: str = flag("auto", "auto: CUDA, else MPS, else CPU", "Machine", choices=("auto", "cpu", "cuda", "mps"))
     amp: str = flag("auto", "mixed precision: auto explains its choice", choices=("auto", "fp16", "bf16", "off"))
@@ -190,7 +192,7 @@ class TrainConfig:
                 slow = "amp fp16 on a CPU is about a thousand times slower than fp32: use --amp auto, bf16 or off"
                 yield "amp device", slow
             if c.optimizer == "muon" and not cpu_has_bf16():
-                slow = "optimizer muon computes in bf16, which this CPU only emulates: use --optimizer adamw"
+                slow = "optimizer muon computes in bf16, which this CPU only emulates: use --optimizer adamw here"
                 yield "optimizer device", slow
 
     def resolved(self, batches_per_pass: int, batches_per_step: int) -> TrainConfig:
@@ -239,20 +241,19 @@ PRESETS: dict[str, dict] = {
 }
 
 
-# What the published runs of presets took: tokens of their text, and of training until the target was met.
-PUBLISHED = {"demo": (2_547, 50_432)}
-RECIPE = "optimizer batch_size seq_len grad_accum lr steps warmup_steps weight_decay beta1 beta2 clip_grad target_loss"
+# The published runs of presets: SHA-256 of the text, and tokens of training until the target was met.
+PUBLISHED = {"demo": ("1146f70aef9838574e107e4aee1fe90a1288fa20fdfca8f51790384e63939e86", 50_432)}
+RECIPE = "optimizer seq_len lr steps warmup_steps weight_decay beta1 beta2 clip_grad target_loss randomize_batches"
 
 
-def published_tokens(config: TrainConfig, corpus: Corpus) -> int | None:
-    """Tokens of training until a preset's published run met its target; None where this isn't the same run again."""
-    for name, (text, needed) in PUBLISHED.items():
-        published = dataclasses.replace(TrainConfig(), **PRESETS[name]).resolved(1, 1)
-        if len(corpus.tokens) == text and all(
-            getattr(config, k) == getattr(published, k) for k in (*RECIPE.split(), *MODEL_FLAGS, "randomize_batches")
-        ):
+def published_tokens(config: TrainConfig, corpus: Corpus, tokens_per_step: int) -> int:
+    """Tokens of training until the published run of the same settings met its target; 0 where there is none."""
+    for name, (sha256, needed) in PUBLISHED.items():
+        its = dataclasses.replace(TrainConfig(), **PRESETS[name]).resolved(1, 1)
+        same = its.batch_size * its.seq_len * its.grad_accum == tokens_per_step and sha256 == corpus.sha256
+        if same and all(getattr(config, key) == getattr(its, key) for key in (*RECIPE.split(), *MODEL_FLAGS)):
             return needed
-    return None
+    return 0
 
 
 def check_value(f: dataclasses.Field, value) -> Iterator[str]:
@@ -1014,7 +1015,8 @@ def find_limit(runtime: Runtime, config: GPTConfig, rows: int, measured: bool) -
 
 class MuonAdamW(torch.optim.Optimizer):
     """Muon (Jordan et al. 2024) for the blocks' matrices and AdamW for the rest, as one optimizer: one learning rate,
-    one state in the checkpoint, and a loss scaler that skips an update in both or in neither."""
+    one state in the checkpoint, and a loss scaler that skips an update in both or in neither. To know whether to skip,
+    the scaler waits for the device once a step: unlike fused AdamW, Muon can't look at its flag there."""
 
     def __init__(self, muon: torch.optim.Muon, adamw: torch.optim.AdamW):
         self.parts = (muon, adamw)
@@ -1641,10 +1643,11 @@ RECALL_TOKENS = 32, 32  # given, and asked for
 VERBATIM_CHARACTERS = 10**8  # of a longer text, searching for pieces of a sample takes too long
 
 
-def longest_verbatim(text: str, source: str) -> int:
+def longest_verbatim(text: str, source: str, poll: Callable[[], None] = lambda: None) -> int:
     """Characters in the longest piece of `text` that stands in `source` as it is."""
     length = 0
     for start in range(len(text)):
+        poll()
         while start + length < len(text) and text[start : start + length + 1] in source:
             length += 1
     return length
@@ -1842,21 +1845,21 @@ class Trainer:
     def recall(self, poll: Callable[[], None]) -> float | None:
         """How much of the text the model knows by heart: after 32 tokens from each of recall_places places, drawn by
         seed, the share of the next 32 tokens that greedy decoding gives, each in its place (after Carlini et al. 2023,
-        section 3). None where there is no such place."""
+        section 3). None where there is no such place, or where windows were so short that positions weren't trained."""
         known, asked = RECALL_TOKENS
         starts = range(len(self.corpus.tokens) - known - asked + 1)
         places = random.Random(self.config.seed).sample(starts, min(len(starts), self.config.recall_places))
-        if not places:
+        if not places or self.config.seq_len < known + asked:
             return None
         self.model.eval()
-        tokens = torch.from_numpy(self.corpus.tokens.astype(np.int64))
-        rows = torch.stack([tokens[i : i + known + asked] for i in places])
         right = 0
+        rows = torch.from_numpy(np.stack([self.corpus.tokens[i : i + known + asked] for i in places]).astype(np.int64))
         with self.runtime.autocast():
-            told = self.model.stream(rows[:, :known].to(self.runtime.device), asked, temperature=0)
-            for position, token in enumerate(told, known):
-                poll()
-                right += (token.cpu()[:, 0] == rows[:, position]).sum().item()
+            for group in rows.split(64):  # their keys and values take 0.3 GB in fp32
+                told = self.model.stream(group[:, :known].to(self.runtime.device), asked, temperature=0)
+                for position, token in enumerate(told, known):
+                    poll()
+                    right += (token.cpu()[:, 0] == group[:, position]).sum().item()
         return right / (len(places) * asked)
 
     # ---- checkpoints ----
@@ -2049,6 +2052,7 @@ class Loop:
         self.start_time, self.clock_start = now(), time.monotonic() - trainer.seconds
         self.window_start, self.window_tokens = time.monotonic(), trainer.tokens()
         self.saved_at = self.steps_start = time.monotonic()
+        self.estimated = False
         self.limit: float | None = None  # FLOP/s that the devices could reach
         # A product and a sum for each weight, forward and twice backward (Kaplan et al. 2020, section 2.1)
         self.flops_per_token = 6 * sum(trainer.model.parameter_counts().values())
@@ -2109,7 +2113,7 @@ class Loop:
         """Logs, proves, saves and samples where this step asks for it. Returns how the run ended, or ''."""
         t, config = self.trainer, self.trainer.config
         log_now = t.step in (1, config.steps) or t.step % config.log_every == 0
-        read_now = log_now or self.reads_each_step or t.ends_pass() or t.step == self.started_at + ESTIMATE_AFTER
+        read_now = log_now or self.reads_each_step or t.ends_pass()
         if read_now:
             row = t.measure()
             rate = (bar.format_dict["rate"] or 0) * t.batches_per_step * t.batcher.batch_tokens
@@ -2117,8 +2121,7 @@ class Loop:
             bar.set_postfix_str(figures, refresh=False)
             if log_now:
                 self.log_step(row)
-            if t.step == self.started_at + ESTIMATE_AFTER:
-                self.log.info(self.estimate())
+                self.tell_estimate()
             if self.target_proven(row["avg_loss"]):
                 return "target reached"
         self.writer.check()
@@ -2135,19 +2138,24 @@ class Loop:
             self.write_samples()
         return ""
 
-    def estimate(self) -> str:
-        """How long it takes to the target, from the speed so far: at most until the last step, but where the settings
-        are a preset's and the text is that of its published run, until the tokens that this needed."""
+    def tell_estimate(self) -> None:
+        """Says once, after the first hundred steps of this start, how long it takes to the target: as many tokens as
+        the published run of the same settings needed or, where there is none, until the steps are done."""
         t = self.trainer
+        steps = t.step - self.started_at
+        if self.estimated or steps < ESTIMATE_AFTER or not t.config.target_loss:
+            return
+        self.estimated = True
         a_step = t.batches_per_step * t.batcher.batch_tokens
-        rate = (t.step - self.started_at) * a_step / (time.monotonic() - self.steps_start)
-        known = published_tokens(t.config, t.corpus)
-        seconds = max(0, (known or t.config.steps * a_step) - t.tokens()) / rate
+        rate = steps * a_step / (time.monotonic() - self.steps_start)
+        known = published_tokens(t.config, t.corpus, a_step)
+        known = known if known > t.tokens() else 0
+        seconds = min(((known or t.config.steps * a_step) - t.tokens()) / rate, 10**9)
         until = (datetime.now() + timedelta(seconds=seconds)).strftime("%Y-%m-%d %H:%M")
         why = (
-            f"if it takes the {known:,} tokens of the published run" if known else "at most: by then all steps are done"
+            f"if it takes the {known:,} tokens of the published run" if known else "when all steps are done, or before"
         )
-        return f"Time to target at {rate:.0f} tok/s: {duration(seconds)}, until {until}, {why}"
+        self.log.info(f"Time to target at {rate:.0f} tok/s: {duration(seconds)}, at {until}, {why}")
 
     def take_step(self) -> None:
         """One step; whatever torch.compile can't do on this machine shows in the first."""
@@ -2275,7 +2283,7 @@ class Loop:
             self.log.info(f"recall {self.recall:.4f} (of the next {asked} tokens, after {given} from the text)")
         if len(t.corpus.text) <= VERBATIM_CHARACTERS and t.config.num_prompts:
             texts = self.texts or t.sample(self.poll)  # those of this step were written before a kill
-            found = [(prompt, len(text), longest_verbatim(text, t.corpus.text)) for prompt, text in texts]
+            found = [(prompt, len(text), longest_verbatim(text, t.corpus.text, self.poll)) for prompt, text in texts]
             self.samples = [dict(zip(("prompt", "characters", "verbatim"), row, strict=True)) for row in found]
             runs = ", ".join(f"{verbatim} of {characters}" for _, characters, verbatim in found)
             self.log.info(f"Longest verbatim run of each sample, in characters: {runs}")
@@ -2338,6 +2346,8 @@ class Loop:
         why = absent[t.runtime.device.type] if c.device == "auto" else f"--device {c.device} asks for it"
         causality = check_causality(t.model, t.runtime, c.seq_len)  # first, since it may change the precision
         self.limit, what = find_limit(t.runtime, t.model.config, c.batch_size * c.seq_len, measured=not c.no_mfu)
+        by_muon = sum(p.numel() for group in t.optimizer.param_groups for p in group["params"] if "momentum" in group)
+        size = (12 * total - 4 * by_muon) / 1e9  # fp32: weights, and two averages of AdamW or one of Muon
         fused = "in one fused kernel" if t.optimizer.defaults["fused"] else "not fused: this device has no such kernel"
         for line in (
             f"Device: {t.runtime.describe_device()}, because {why}",
@@ -2354,7 +2364,7 @@ class Loop:
             f"Causality: {causality}",
             f"Saves: every {c.save_every} steps"
             + (f", and {c.save_minutes:g} minutes after the last one" if c.save_minutes else "")
-            + f"; last.pt has {12 * total / 1e9:.3g} GB, and its copy takes as much memory while it is written",
+            + f"; last.pt has {size:.3g} GB, and its copy takes as much memory while it is written",
         ):
             self.log.info(line)
         if self.started_at:

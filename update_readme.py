@@ -4,10 +4,10 @@
     python update_readme.py --run_dir out/demo --check  # is the README up to date? 0 yes, 5 no; writes nothing
     python update_readme.py --run_dir out/demo --diff   # what would change; writes nothing
 
-Blocks: SUMMARY, CURVE, METRICS, SAMPLES, LOGS and REPRODUCE come from the run directory, COMPARE also from those
-beside it and from benchmarks/earlier_runs.json, FLAGS from the source of train.py. A block that the README lacks is
-left alone. What a block says comes from the run, never from the clock, so the same run directory gives the same bytes.
-Reads, where they exist, and copes with what is missing or half written:
+Blocks: SUMMARY, CURVE, METRICS, SAMPLES, LOGS and REPRODUCE come from the run directory, COMPARE also from
+benchmarks/earlier_runs.json and the published runs that it names, FLAGS from the source of train.py. A block that the
+README lacks is left alone. What a block says comes from the run, never from the clock, so the same run directory gives
+the same bytes. Reads, where they exist, and copes with what is missing or half written:
 
     RUN/run.json                 how the run was made and how it ended
     RUN/logs/train_metrics.csv   a row each logged step, with at least the columns step and loss
@@ -105,7 +105,7 @@ class Run:
     rows: list[dict[str, float]]  # the logged steps, each once, in order; keys are those of FORMATS
     log: list[str]
     sample: tuple[int | None, str]  # (step, text) of the latest; (None, "") where there is none
-    beside: tuple[Run, ...] = ()  # the other runs in the same folder that are on the same text
+    beside: tuple[Run, ...] = ()  # the published runs on the same text
 
     def number(self, key: str) -> float | None:
         return finite(self.record.get(key))
@@ -169,18 +169,6 @@ def read_run(folder: Path, name: str) -> tuple[Run, list[str]]:
         notes.append(f"{folder} has no CSV with steps: the log serves")
     sample = read_sample(sample_file) if sample_file else (None, "")
     return Run(harmless(name), read_record(record_file), rows, log, sample), notes
-
-
-def runs_beside(folder: Path, run: Run) -> tuple[Run, ...]:
-    """The runs in the other folders beside this one whose record names the same text, in order of their names."""
-    sha256, found = run.part("corpus").get("sha256"), []
-    for other in sorted(p.parent for p in folder.resolve().parent.glob("*/run.json")) if sha256 else ():
-        if other != folder.resolve():
-            name = str(Path(run.folder).parent / other.name) if "/" in run.folder else other.name
-            with contextlib.suppress(ReadmeError, OSError):  # what isn't whole has nothing to tell here
-                there, _ = read_run(other, Path(name).as_posix())
-                found += [there] * (there.part("corpus").get("sha256") == sha256)
-    return tuple(found)
 
 
 def find(folder: Path, usual: str, pattern: str, notes: list[str]) -> Path | None:
@@ -278,8 +266,12 @@ def read_metrics(path: Path, notes: list[str]) -> list[dict[str, float]]:
 
 def read_row(line: str, header: Sequence[str], open_end: bool) -> dict[str, float] | None:
     """The figures of a line. In one without an end the last may be cut, so it doesn't count."""
-    cells = [to_float(cell) for cell in next(csv.reader([line.replace("\0", "")], skipinitialspace=True))]
-    if open_end:
+    try:
+        words = next(csv.reader([line.replace("\0", "")], skipinitialspace=True))
+    except csv.Error:
+        words = []
+    cells = [to_float(cell) for cell in words]
+    if open_end and cells:
         cells[-1] = None
     row = {key: cell for key, cell in zip(header, cells, strict=False) if key in FORMATS and cell is not None}
     step = finite(row.pop("step", None))
@@ -543,7 +535,7 @@ def reproduce(run: Run) -> str:
 
 
 def compare(run: Run) -> str:
-    """A table of the runs on this text: the earlier ones that are on record, then this one and those beside it."""
+    """A table of the runs on this text: the earlier ones that are on record, then this one and the published ones."""
     earlier = earlier_runs(run)
     header = ("Run", "Optimizer", "Tokens a step", "Steps", "Tokens", "Judged by")
     rows = [
@@ -560,28 +552,37 @@ def compare(run: Run) -> str:
 
 def compared(run: Run) -> list[str]:
     """A row of this program's run."""
-    settings = run.settings()
-    name = {"adamw": "AdamW", "muon": "Muon"}.get(settings.get("optimizer", "adamw"), "not on record")
-    lr, final, last = finite(settings.get("lr")), run.number("final_loss"), run.rows[-1] if run.rows else {}
-    # the record's own are of the start, until the run has ended
-    steps, tokens = (
-        run.number(k) if run.text("ended") else last.get(column)
-        for k, column in (("steps", "step"), ("tokens", "tokens"))
-    )
+    optimizer, lr = run.settings().get("optimizer"), finite(run.settings().get("lr"))
+    name = {"adamw": "AdamW", "muon": "Muon"}.get(str(optimizer), "not on record")
+    ended, last, final = run.text("ended"), run.rows[-1] if run.rows else {}, run.number("final_loss")
+    # until the run has ended, those of its record are of the start
+    steps, tokens = (run.number("steps"), run.number("tokens")) if ended else (last.get("step"), last.get("tokens"))
     judged = [] if final is None else [f"**{final:.4f}**, final_loss over the whole text"]
     judged += [f"{row['avg_loss']:.4f}, avg_loss of a full pass" for row in run.with_figure("avg_loss")[-1:]]
-    if final is None or final >= run.target_loss() > 0:
-        judged.append("the target isn't reached" if run.text("ended") else "not ended yet")
+    if "ended" in run.record and not ended:
+        judged.append("not ended yet")
+    elif run.target_loss() and final is not None and final >= run.target_loss():
+        judged.append("the target wasn't reached")
     figures = (tokens / steps if tokens and steps else None, steps, tokens)
     done = [f"{n:,.0f}" if n is not None else "not on record" for n in figures]
     return [code(run.folder), f"{name}, peak {lr:.3g}" if lr else name, *done, "; ".join(judged)]
 
 
 def earlier_runs(run: Run) -> list[dict]:
-    """What benchmarks/earlier_runs.json knows of the run's text."""
-    path = HERE / "benchmarks" / "earlier_runs.json"
-    known = read_record(path)
-    return known["runs"] if known and known["sha256"] == run.part("corpus").get("sha256") else []
+    return on_record(run).get("runs", [])
+
+
+def on_record(run: Run) -> dict:
+    """benchmarks/earlier_runs.json, if it is about the run's text."""
+    known = read_record(HERE / "benchmarks" / "earlier_runs.json")
+    return known if known and known["sha256"] == run.part("corpus").get("sha256") else {}
+
+
+def published_beside(run: Run, run_dir: Path, base: Path) -> tuple[Run, ...]:
+    """The published runs on the run's text, but for this one itself."""
+    folders = [HERE / name for name in on_record(run).get("published", [])]
+    others = [f for f in folders if f.resolve() != run_dir.resolve() and (f / "run.json").is_file()]
+    return tuple(read_run(folder, relative(folder, base))[0] for folder in others)
 
 
 def flags(source: Path) -> str:
@@ -675,7 +676,7 @@ def curve(run: Run) -> bytes:
 
 
 def comparison(run: Run) -> bytes:
-    """avg_loss (log scale) against tokens: this run, those beside it, and the points of earlier ones."""
+    """avg_loss (log scale) against tokens: this run, the published ones, and the points of earlier ones."""
 
     def draw(figure) -> None:
         axes = figure.add_axes((0.11, 0.12, 0.75, 0.81), facecolor=PAPER)
@@ -686,11 +687,11 @@ def comparison(run: Run) -> bytes:
                 look = {"color": INK, "linewidth": 1.0, "linestyle": ":", "marker": "o", "markersize": 5}
                 axes.plot(*zip(*past["points"], strict=True), **look)
                 key.append((past["name"], {**look, "markevery": (1, 2)}))
-        for one, colour in zip((run, *run.beside), (LOSS, HELD_OUT, LR), strict=False):  # more would be a tangle
+        for one, colour in zip((run, *run.beside), (LOSS, HELD_OUT, LR), strict=False):
             tokens, values = series(one, one.measure(), "tokens")
             if tokens:
                 axes.plot(tokens, values, color=colour, linewidth=1.6, marker=dots(tokens))
-                key.append((one.folder, {"color": colour, "linewidth": 3}))
+                key.append((Path(one.folder).name, {"color": colour, "linewidth": 3}))
         finish_losses(axes, run, key, letter=0.0125)
         axes.set_xlim(left=0)
         axes.xaxis.set_major_formatter(lambda tokens, _: f"{tokens / 1e6:g}")
@@ -775,7 +776,7 @@ def draw_key(axes, key: Sequence[tuple[str, dict]], letter: float) -> None:
     x = 0.0
     for label, look in key:
         axes.plot([x, x + 0.03], [1.05, 1.05], transform=axes.transAxes, clip_on=False, **look)
-        axes.text(x + 0.045, 1.05, label, color=INK, va="center", transform=axes.transAxes)
+        axes.text(x + 0.045, 1.05, label, color=INK, va="center", transform=axes.transAxes, parse_math=False)
         x += 0.066 + letter * len(label)
 
 
@@ -946,7 +947,7 @@ class Change:
         return Path(os.path.realpath(self.path))  # through a link, which stays
 
     def part(self) -> Path:
-        return self.target().with_name(f".{self.path.stem[:40]}.{os.getpid()}.part")
+        return self.target().with_name(f".{self.path.name[:40]}.{os.getpid()}.part")
 
     def stage(self) -> None:
         """Puts the new content on the disk, beside the file. Raises ReadmeError if that can't be done."""
@@ -1007,7 +1008,7 @@ def plan(readme: Path, run_dir: Path, assets_dir: Path) -> tuple[list[Change], l
         )
     run, notes = read_run(run_dir, relative(run_dir, readme.parent))
     if "COMPARE" in blocks:
-        run = replace(run, beside=runs_beside(run_dir, run))
+        run = replace(run, beside=published_beside(run, run_dir, readme.parent))
     changes = []
     for name, (start, end) in sorted(blocks.items(), key=lambda item: item[1], reverse=True):  # so that indices hold
         content = BLOCKS[name](run)

@@ -40,6 +40,7 @@ def main() -> None:
     args = parser.parse_args()
     tokenizer = train.load_tokenizer()
     text = tokenizer.decode(train.load_corpus(args.input_file, tokenizer).tokens[: args.tokens].tolist())
+    args.tokens = len(tokenizer.encode(text))  # the last one may be another when what follows is cut off
     shape = "" if args.full else SMALL
     print(f"{args.tokens:,} tokens, {args.passes} passes, train.py {shape} {BASE}\n")
     print("| flags | " + " | ".join(f"pass {n}" for n in range(1, args.passes + 1)) + " | under the target after |")
@@ -57,10 +58,15 @@ def main() -> None:
 
 def row(flags: str, args: argparse.Namespace, shape: str, slice_file: Path, out_dir: Path) -> str:
     """Trains with the flags; a line of the table."""
-    given, problems = train.read_flags(shlex.split(f"{shape} {BASE} {flags}"))
+    try:
+        given, problems = train.read_flags(shlex.split(f"{shape} {BASE} {flags}"))
+    except (train.UsageError, ValueError) as e:
+        given, problems = {}, {"flags": str(e)}
+    if problems or "preset" in given:
+        return f"| `{flags}` | {'; '.join(problems.values()) or 'a preset has no effect here: give its flags'} |"
     batch = given["batch_size"] * given["seq_len"] * given.get("grad_accum", 1)
     a_pass = -(-(args.tokens - 1) // batch)
-    steps = [] if "steps" in given or problems else ["--steps", str(args.passes * a_pass)]
+    steps = [] if given.keys() & {"steps", "epochs"} else ["--steps", str(args.passes * a_pass)]
     command = [sys.executable, str(ROOT / "train.py"), *shlex.split(f"{shape} {BASE}"), *steps, *shlex.split(flags)]
     command += [
         "--input_file",
@@ -80,8 +86,9 @@ def row(flags: str, args: argparse.Namespace, shape: str, slice_file: Path, out_
         rows = [(int(r["step"]), int(r["tokens"]), float(r["avg_loss"])) for r in csv.DictReader(f)]
     for path in (out_dir / "checkpoints").glob("*.pt"):
         path.unlink()  # a dozen of them would fill a small disk
+    target = given.get("target_loss", train.TrainConfig.target_loss)
     passes = [f"{loss:.3f}" for step, _, loss in rows if step % a_pass == 0][: args.passes]
-    under = next((f"{tokens:,}" for step, tokens, loss in rows if step >= a_pass and loss < 0.1), "not in these")
+    under = next((f"{tokens:,}" for step, tokens, loss in rows if step >= a_pass and loss < target), "not in these")
     return f"| `{flags}` | " + " | ".join([*passes, *[""] * (args.passes - len(passes)), under]) + " |"
 
 

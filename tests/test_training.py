@@ -351,13 +351,34 @@ def test_recall_is_the_share_of_tokens_that_greedy_decoding_gives(tiny, make_tra
         trainer.model = Parrot(tokens, known)
         return trainer.recall(lambda: None)
 
-    trainer, tokens = make_trainer(tiny(recall_places=50)), list(range(1, 400))
+    trainer, tokens = make_trainer(tiny(recall_places=50, seq_len=64)), list(range(1, 400))
     assert recall(tokens) == 1.0
     # The first token that it doesn't know loses the thread: then all that follow are wrong.
     known = [i + 32 >= 200 for i in random.Random(1337).sample(range(len(tokens) - 63), 50)]
     assert 0.2 < recall(tokens, known=200) == sum(known) / 50 < 0.8
     assert recall(tokens[:64]) == 1.0  # one place
     assert recall(tokens[:63]) is None  # not one with 32 tokens behind 32
+
+
+def test_recall_is_that_of_the_model_itself(tiny, make_trainer):
+    """Against greedy decoding of each place alone; the model can't tell much, so the text is what it says itself."""
+    trainer = make_trainer(tiny(recall_places=70, seq_len=64))
+    trainer.model.eval()
+    start = torch.tensor([[5, 99, 1000]])
+    text = trainer.model.generate(start, 300, temperature=0)[0].numpy()
+    text[100:140] = np.arange(40)
+    trainer.corpus = dataclasses.replace(trainer.corpus, tokens=text.astype(np.uint16))
+    right = 0
+    for i in random.Random(1337).sample(range(len(text) - 63), 70):
+        row = torch.from_numpy(text[i : i + 32].astype(np.int64))[None]
+        right += (trainer.model.generate(row, 32, temperature=0)[0, 32:].numpy() == text[i + 32 : i + 64]).sum()
+    recall = trainer.recall(lambda: None)
+    assert 0 < recall < 1 and recall == pytest.approx(right / (70 * 32))
+
+
+def test_recall_needs_positions_that_were_trained(tiny, make_trainer):
+    assert make_trainer(tiny(seq_len=63)).recall(lambda: None) is None
+    assert make_trainer(tiny(seq_len=64)).recall(lambda: None) is not None
 
 
 @given(st.text(alphabet="ab\n", max_size=12), st.text(alphabet="ab\n", max_size=30))
@@ -370,7 +391,7 @@ def test_the_record_says_what_was_learned(tiny, tmp_path, monkeypatch):
     heart = PLAY.read_text(encoding="utf-8")[100:180]
     texts = [("A", heart), ("B", f"\u2603{heart[:40]}\u2603")]
     monkeypatch.setattr(train.Trainer, "sample", lambda self, poll: texts)
-    record = train.train(tiny())
+    record = train.train(tiny(seq_len=64))
     assert record["samples"] == [
         {"prompt": "A", "characters": 80, "verbatim": 80},
         {"prompt": "B", "characters": 42, "verbatim": 40},
@@ -387,36 +408,59 @@ def test_the_record_says_what_was_learned(tiny, tmp_path, monkeypatch):
 
 
 def test_the_time_to_target_is_said_once(tiny, tmp_path):
-    train.train(tiny(steps=103, log_every=1000, target_loss=0.0))
-    log = (tmp_path / "out" / "logs" / "train.log").read_text(encoding="utf-8")
-    (line,) = (line for line in log.splitlines() if "Time to target" in line)
-    form = r"at \d+ tok/s: \d s, until \d{4}-\d\d-\d\d \d\d:\d\d, at most: by then all steps are done$"
-    assert re.search(form, line)
+    train.train(tiny(steps=125, log_every=7, num_prompts=0))
+    log = (tmp_path / "out" / "logs" / "train.log").read_text(encoding="utf-8").splitlines()
+    (at,) = (i for i, line in enumerate(log) if "Time to target" in line)
+    assert "step 105/125" in log[at - 1]  # the first that is logged after a hundred
+    form = r"at \d+ tok/s: \d s, at \d{4}-\d\d-\d\d \d\d:\d\d, when all steps are done, or before$"
+    assert re.search(form, log[at])
+    train.train(tiny(out_dir=str(tmp_path / "never"), steps=101, log_every=100, target_loss=0.0, num_prompts=0))
+    assert "Time to" not in (tmp_path / "never" / "logs" / "train.log").read_text(encoding="utf-8")
 
 
-def test_the_estimate_is_what_is_left_over_the_speed(tiny, make_trainer, tmp_path, monkeypatch):
-    trainer = make_trainer(tiny(steps=1000))
-    loop = train.Loop(trainer, train.RunDirectory(tmp_path), logging.getLogger("none"), train.StopSignals(), "")
+@pytest.mark.parametrize(
+    ("steps", "known", "said"),
+    [
+        (1000, 0, "at 128 tok/s: 7 min 30 s, at "),  # 900 steps at half a second
+        (1000, 64 * 300, "at 128 tok/s: 1 min 40 s, at "),
+        (1000, 64 * 50, "at 128 tok/s: 7 min 30 s, at "),  # the published run took fewer tokens than these already are
+        (10**12, 0, " h "),
+    ],
+)
+def test_the_estimate_is_what_is_left_over_the_speed(
+    tiny, make_trainer, tmp_path, monkeypatch, caplog, steps, known, said
+):
+    trainer = make_trainer(tiny(steps=steps))
+    loop = train.Loop(trainer, train.RunDirectory(tmp_path), logging.getLogger("estimate"), train.StopSignals(), "")
     trainer.step, trainer.batcher.position = 100, 100
     clock = loop.steps_start + 50.0
     monkeypatch.setattr(train.time, "monotonic", lambda: clock)
-    assert "at 128 tok/s: 7 min 30 s, until " in loop.estimate()  # 900 steps at half a second
-    monkeypatch.setattr(train, "published_tokens", lambda *_: 64 * 300)
-    assert "1 min 40 s, until " in loop.estimate()
-    assert loop.estimate().endswith("if it takes the 19,200 tokens of the published run")
+    monkeypatch.setattr(train, "published_tokens", lambda *_: known)
+    with caplog.at_level("INFO"):
+        loop.tell_estimate()
+    assert said in caplog.text
+    assert ("if it takes the 19,200 tokens of the published run" in caplog.text) == (known == 19_200)
 
 
 @pytest.mark.parametrize("name", train.PUBLISHED)
 def test_a_published_run_is_known_by_its_settings_and_its_text(tokenizer, name):
     settings = dataclasses.replace(train.TrainConfig(), **train.PRESETS[name])
-    if not (ROOT / settings.input_file).exists():
-        pytest.skip("data/input.txt isn't there")
-    corpus = train.load_corpus(str(ROOT / settings.input_file), tokenizer)
+    sha256, needed = train.PUBLISHED[name]
+    corpus = train.Corpus("text.txt", sha256, "", np.zeros(1, dtype=np.uint16))
     same = dataclasses.replace(settings, out_dir="elsewhere", save_every=7).resolved(10, 1)
-    assert train.published_tokens(same, corpus) == train.PUBLISHED[name][1]
-    for change in ({"lr": 1.0}, {"n_layer": 1}, {"batch_size": 3}, {"randomize_batches": True}):
-        assert train.published_tokens(dataclasses.replace(same, **change), corpus) is None
-    assert train.published_tokens(same, dataclasses.replace(corpus, tokens=corpus.tokens[1:])) is None
+    a_step = same.batch_size * same.seq_len * same.grad_accum
+    assert train.published_tokens(same, corpus, a_step) == needed
+    for change in ({"lr": 1.0}, {"n_layer": 1}, {"randomize_batches": True}):
+        assert train.published_tokens(dataclasses.replace(same, **change), corpus, a_step) == 0
+    assert train.published_tokens(same, corpus, 2 * a_step) == 0  # two processes
+    assert train.published_tokens(same, dataclasses.replace(corpus, sha256="0"), a_step) == 0
+
+
+@pytest.mark.parametrize("name", train.PUBLISHED)
+def test_the_published_figures_are_those_of_the_records(name):
+    folder = {"muon": "shakespeare"}.get(name, name)
+    record = json.loads((ROOT / "out" / folder / "run.json").read_text(encoding="utf-8"))
+    assert train.PUBLISHED[name] == (record["corpus"]["sha256"], record["tokens_to_target"])
 
 
 # ---- resume ----

@@ -517,30 +517,38 @@ def put_record(folder, **changes) -> None:
     path.write_text(json.dumps(json.loads(path.read_text()) | changes))
 
 
-def test_runs_on_the_same_text_are_compared(run_dir, tmp_path):
-    """The earlier ones on record, this one, and those beside it; not one on another text, nor one that is broken."""
+def test_runs_on_the_same_text_are_compared(run_dir, tmp_path, monkeypatch):
+    """The earlier ones on record, this one, and the published ones that are there."""
     readme = write_readme(tmp_path, "COMPARE")
-    shakespeare = {"sha256": EARLIER["sha256"]}
-    muon = {"optimizer": "muon", "lr": 0.0015}
-    for name in ("second", "other_text", "broken"):
-        shutil.copytree(run_dir, run_dir.parent / name)
+    home = tmp_path / "home"
+    (home / "benchmarks").mkdir(parents=True)
+    known = EARLIER | {"published": ["out/second", "out/own", "out/not_there"]}
+    (home / "benchmarks" / "earlier_runs.json").write_text(json.dumps(known))
+    monkeypatch.setattr(update_readme, "HERE", home)
+    shakespeare, muon = {"sha256": EARLIER["sha256"]}, {"optimizer": "muon", "lr": 0.0015}
     put_record(run_dir, corpus=shakespeare, steps=700, tokens=2_867_200, final_loss=0.0712, config=muon)
-    put_record(run_dir.parent / "second", corpus=shakespeare, ended=None, end=None, final_loss=None)
-    (run_dir.parent / "broken" / "run.json").write_text("{")
+    second = shutil.copytree(run_dir, home / "out" / "second")
+    put_record(second, ended=None, end=None, final_loss=None)
+    (home / "out" / "own").symlink_to(run_dir)  # this run itself, which is there once
     assert update() == 0
     lines = block(readme, "COMPARE").split("\n")
     rows = [line.strip("| ").split(" | ") for line in lines if line.startswith("|")][2:]
-    assert [row[0] for row in rows] == [*(past["name"] for past in EARLIER["runs"]), "`out/own`", "`out/second`"]
+    ours = ["`out/own`", "`home/out/second`"]
+    assert [row[0] for row in rows] == [*(past["name"] for past in EARLIER["runs"]), *ours]
     assert rows[0][2:5] == ["2,048", "6,702", "13,725,696"] and rows[1][1] == "not on record"
     assert rows[2][1:5] == ["Muon, peak 0.0015", "4,096", "700", "2,867,200"]
     assert rows[2][5].startswith("**0.0712**, final_loss over the whole text; ")
     assert rows[3][3] == "59" and rows[3][5].endswith("not ended yet")  # from its rows: its record is of the start
     assert lines[-1].endswith("(assets/compare.svg)")
     svg = (tmp_path / "assets" / "compare.svg").read_text()
-    assert svg.count("<text") > 8 and "tokens, millions" in svg and "out/second" in svg and "other_text" not in svg
+    assert "tokens, millions" in svg and all(
+        f">{name}<" in svg for name in ("second", "own", "earlier script, in steps")
+    )
     assert update("--check") == 0
-    shutil.rmtree(run_dir.parent / "second")
-    assert update("--check") == 5
+    put_record(run_dir, final_loss=0.2, config={"optimizer": {"name": "sgd"}})
+    assert update() == 0
+    row = next(line for line in block(readme, "COMPARE").split("\n") if "`out/own`" in line)
+    assert "| not on record | 4,096 |" in row and row.endswith("the target wasn't reached |")
 
 
 def test_a_run_on_a_text_of_its_own_is_compared_with_nothing(run_dir, tmp_path):
@@ -551,6 +559,7 @@ def test_a_run_on_a_text_of_its_own_is_compared_with_nothing(run_dir, tmp_path):
 
 
 def test_earlier_runs_add_up():
+    assert all((ROOT / name / "run.json").is_file() for name in EARLIER["published"])
     (steps, _) = EARLIER["runs"]
     assert steps["tokens"] == steps["steps"] * steps["tokens_per_step"] == steps["points"][-1][0]
     at = [200, 1000, 2000, 3000, 4000, 5000, 6000, 6702]
@@ -574,6 +583,13 @@ def test_what_was_learned_stands_below_the_metrics(run_dir, tmp_path, config):
 
 
 # ---- the curve ----
+
+
+def test_no_folder_is_taken_for_a_formula(run_dir, tmp_path, monkeypatch):
+    write_readme(tmp_path, "COMPARE")
+    run_dir.rename(run_dir.parent / r"a$\no$b")
+    assert update_readme.main(["--run_dir", r"out/a$\no$b"]) == 0
+    assert r">a$\no$b<" in (tmp_path / "assets" / "compare.svg").read_text()
 
 
 def test_the_curve_is_the_same_to_the_byte_and_states_the_result(run_dir, tmp_path):
@@ -644,6 +660,15 @@ def test_curves_of_odd_rows(csv, run_dir, tmp_path):
     svg = (tmp_path / "assets" / "curve.svg").read_text()
     ElementTree.fromstring(svg)
     assert ("val_loss (held out)" in svg) == ("val_loss" in csv)
+
+
+@pytest.mark.parametrize("last", ["\0\0\0", "60,0.1\r0.2,3\n", f"60,{'1' * 200_000},2\n"])
+def test_a_line_that_is_no_csv_costs_no_other(last, run_dir, tmp_path):
+    readme = write_readme(tmp_path, "SUMMARY")
+    with open(run_dir / "logs" / "train_metrics.csv", "a", newline="") as f:
+        f.write(last)
+    assert update() == 0
+    assert "Logged rows: **31**" in block(readme, "SUMMARY")
 
 
 def test_a_hundred_thousand_rows_make_a_small_picture(run_dir, tmp_path):
