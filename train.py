@@ -127,7 +127,7 @@ class TrainConfig:
     lr: float = flag(3e-4, "peak learning rate", above=0)
     warmup_steps: int | None = flag(None, "steps to the peak (default: a tenth of steps, at most 300)", least=0)
     weight_decay: float = flag(0.1, "decay of matrices; biases and LayerNorms have none", least=0)
-    beta1: float = flag(0.9, "AdamW's memory of the gradient", least=0, below=1)
+    beta1: float = flag(0.9, "AdamW's memory of the gradient, and Muon's", least=0, below=1)
     beta2: float = flag(0.95, "AdamW's memory of its square", least=0, below=1)
     clip_grad: float = flag(1.0, "gradient norm to scale down to (0: no clipping)", least=0)
 
@@ -232,8 +232,8 @@ PRESETS: dict[str, dict] = {
         "optimizer": "muon",
         "batch_size": 16,
         "seq_len": 256,
-        "steps": 1000,
-        "lr": 1.5e-3,
+        "steps": 1300,
+        "lr": 2.5e-3,
         "warmup_steps": 60,
         "weight_decay": 0.0,
         "save_every": 50,
@@ -1048,7 +1048,7 @@ def build_optimizer(model: GPT, config: TrainConfig) -> torch.optim.Optimizer:
     if not matrices:
         return adamw
     scale = {"lr": config.lr, "weight_decay": config.weight_decay, "adjust_lr_fn": "match_rms_adamw"}
-    return MuonAdamW(torch.optim.Muon(matrices, momentum=0.95, **scale), adamw)
+    return MuonAdamW(torch.optim.Muon(matrices, momentum=config.beta1, **scale), adamw)
 
 
 def build_scheduler(optimizer: torch.optim.Optimizer, config: TrainConfig, step: int = 0):

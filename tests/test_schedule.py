@@ -128,7 +128,7 @@ def test_muon_and_adamw_do_together_what_each_does_alone(tiny):
     rest = [p for p in b.parameters() if p.dim() == 1]
     groups = [{"params": tables, "weight_decay": 0.2}, {"params": rest, "weight_decay": 0.0}]
     alone = [
-        torch.optim.Muon(blocks, momentum=0.95, weight_decay=0.2, adjust_lr_fn="match_rms_adamw"),
+        torch.optim.Muon(blocks, momentum=0.9, weight_decay=0.2, adjust_lr_fn="match_rms_adamw"),
         torch.optim.AdamW(groups, betas=(0.9, 0.95), fused=True),
     ]
     for step, rate in enumerate(curve(config), 1):
