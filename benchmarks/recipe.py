@@ -4,8 +4,8 @@
 
 Each argument is one set of train.py's flags. A run of its own trains with them for --passes over the first --tokens
 tokens of the text, --jobs runs at a time, each with its share of the processor's threads. The curve of the learning
-rate ends with the passes unless the flags say otherwise. By default the model is small (12 million parameters in 6
-blocks of width 384, 31 million in all), so that a run takes minutes; --full takes GPT-2 124M. Prints a Markdown table
+rate ends with the passes unless the flags say otherwise. By default the model is small (11 million parameters in 6
+blocks of width 384, 30 million in all), so that a run takes minutes; --full takes GPT-2 124M. Prints a Markdown table
 of avg_loss at the end of each pass.
 """
 
