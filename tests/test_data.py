@@ -139,7 +139,7 @@ def test_a_missing_file_and_a_folder_are_told_apart(tmp_path, tokenizer):
 
 def test_the_second_start_takes_tokens_from_the_cache(tmp_path, tokenizer):
     first = load(tmp_path, PLAY.read_bytes(), tokenizer)
-    never = train.Tokenizer("gpt2", 50257, encode=None, decode=None)
+    never = train.Tokenizer("gpt2", 50257, encode=None, decode_bytes=None)
     again = load(tmp_path, PLAY.read_bytes(), never, name="same_content.txt")
     assert np.array_equal(first.tokens, again.tokens) and first.sha256 == again.sha256
     with pytest.raises(TypeError):  # other content isn't in the cache

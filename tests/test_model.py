@@ -233,6 +233,12 @@ def test_top_k_and_temperature():
     assert {train.pick_token(logits, 100.0, 0, generator).item() for _ in range(200)} == {0, 1, 2, 3}
     assert {train.pick_token(logits, 0.05, 0, generator).item() for _ in range(50)} == {1}
     assert train.pick_token(logits, 0, 0, None).item() == 1
+    shares = torch.tensor([[0.1, 0.5, 0.15, 0.25]]).log()
+    for top_p, kept in ((0.3, {1}), (0.5, {1}), (0.6, {1, 3}), (0.8, {1, 2, 3}), (0.95, {0, 1, 2, 3})):
+        drawn = {train.pick_token(shares, 1.0, 0, generator, top_p).item() for _ in range(200)}
+        assert drawn == kept  # the fewest likeliest that reach it together
+    drawn = {train.pick_token(shares, 1.0, 2, generator, 0.7).item() for _ in range(200)}
+    assert drawn == {1, 3}  # of the two likeliest, which have 2/3 and 1/3 of what is left
     assert train.pick_token(logits, 1e-40, 0, generator).item() == 1
 
 
