@@ -1,7 +1,7 @@
 """A checkpoint as a folder that transformers loads, and the other way round.
 
     python export_hf.py --checkpoint out/checkpoints/best.pt --out_dir hf
-    python export_hf.py --import gpt2 --out_dir out_tuned --input_file data/input.txt --steps 500 --lr 3e-5
+    python export_hf.py --import gpt2 --out_dir out_tuned --steps 500 --lr 3e-5
     python train.py --resume out_tuned/checkpoints/last.pt
 
 The first writes config.json, generation_config.json, model.safetensors, the tokenizer's files (from the packaged
@@ -243,12 +243,12 @@ def import_folder(folder: Path, out_dir: str, flags: Sequence[str]) -> None:
 
 
 def build_parser() -> argparse.ArgumentParser:
-    summary, examples = __doc__.split("\n\n")[:2]
+    summary, examples = train.help_texts(__doc__)
     parser = argparse.ArgumentParser(
         "export_hf.py",
-        "%(prog)s [--checkpoint FILE | --import FOLDER] --out_dir FOLDER [--overwrite] [flags of train.py]",
+        "python export_hf.py [--checkpoint FILE | --import DIR] --out_dir DIR",
         summary,
-        f"examples:\n{examples}",
+        examples,
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
     )

@@ -1,8 +1,9 @@
 """Text from a checkpoint, on the terminal, as it is written.
 
-    python sample.py --checkpoint out_demo/checkpoints/best.pt --prompt "TILDA:" --num_samples 3
-    echo "TILDA:" | python sample.py --checkpoint out_demo/checkpoints/best.pt --prompt -      # from stdin
-    python sample.py --checkpoint out_demo/checkpoints/best.pt --prompt @scene.txt --json      # from a file
+    python sample.py --prompt "TILDA:" --num_samples 3       # of out/checkpoints/best.pt
+    python sample.py --checkpoint out_demo/checkpoints/best.pt --temperature 0
+    echo "TILDA:" | python sample.py --prompt -              # from stdin
+    python sample.py --prompt @scene.txt --json              # from a file, for a program
 
 The samples are written at once: the first is shown token by token, the others when it is done. The same seed gives the
 same text on the same machine; sample i depends on seed + i alone. What was counted and timed goes to stderr.
@@ -113,14 +114,10 @@ class Writer:
 
 
 def build_parser() -> argparse.ArgumentParser:
-    summary, examples = __doc__.split("\n\n")[:2]
+    summary, examples = train.help_texts(__doc__)
+    style = argparse.RawDescriptionHelpFormatter
     parser = argparse.ArgumentParser(
-        "sample.py",
-        None,
-        summary,
-        f"examples:\n{examples}",
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
+        "sample.py", "python sample.py [--FLAG VALUE ...]", summary, examples, formatter_class=style, allow_abbrev=False
     )
     request = Request()
     parser.add_argument("--checkpoint", default="out/checkpoints/best.pt", help="a best.pt or last.pt of train.py")

@@ -47,6 +47,7 @@ import signal
 import statistics
 import subprocess
 import sys
+import textwrap
 import threading
 import time
 import urllib.request
@@ -135,6 +136,7 @@ class TrainConfig:
     save_every: int | None = flag(None, "steps between checkpoints (default: a tenth of steps, at most 1000)", least=1)
     save_minutes: float = flag(15.0, "minutes after which last.pt is saved in any case (0: by steps alone)", least=0)
     sample_every: int | None = flag(None, "steps between samples (default: as save_every, at least 100)", least=1)
+    tensorboard: bool = flag(False, "write the figures and samples for TensorBoard too, to out_dir/tensorboard")
     prompt: str = flag("BIANCA:\n", r"first prompt; \n is a line break")
     num_prompts: int = flag(2, "prompts in a sample: the first, and others drawn from the text", least=0)
     max_new_tokens: int = flag(200, "tokens in a sample", least=1)
@@ -185,6 +187,8 @@ class TrainConfig:
             yield "steps warmup_steps", late_warmup(c)
         if c.resume and c.overwrite:
             yield "resume overwrite", "resume and overwrite exclude each other: give one of them"
+        if c.tensorboard and not importlib.util.find_spec("tensorboard"):
+            yield "tensorboard", "tensorboard isn't installed: pip install tensorboard, or leave --tensorboard out"
         if not device_present(c.device):
             yield "device", f"device {c.device} isn't available here: use --device auto"
         elif pick_device(c.device).type == "cpu":
@@ -427,7 +431,7 @@ def cached_tokens(path: Path, text: str, tokenizer: Tokenizer) -> tuple[np.ndarr
         tokens = np.load(path, allow_pickle=False)
         if tokens.dtype == np.uint16 and tokens.ndim == 1 and tokens.max(initial=0) < tokenizer.vocab_size:
             return tokens, "token ids from the cache"
-    tokens = np.array(tokenizer.encode(text), dtype=np.uint16)  # 50,257 ids fit into 16 bits
+    tokens = encode_with_bar(text, tokenizer)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with atomic_write(path) as f:
@@ -435,6 +439,23 @@ def cached_tokens(path: Path, text: str, tokenizer: Tokenizer) -> tuple[np.ndarr
     except OSError as e:  # costs time at the next start, no more
         return tokens, f"tokenized (not cached: {e.strerror})"
     return tokens, "tokenized"
+
+
+def encode_with_bar(text: str, tokenizer: Tokenizer, size: int = 1 << 20) -> np.ndarray:
+    """Token ids (N,) uint16: 50,257 of them fit into 16 bits. Encodes about `size` characters at a time, to show how
+    far it is; cuts only between a word and the blank behind it, as GPT-2's pattern does, so no token changes."""
+    found, start = [], 0
+    with tqdm(total=len(text), desc="tokenizing", unit="char", unit_scale=True, leave=False, disable=no_bar()) as bar:
+        while start < len(text):
+            cut = WORD_END.search(text, start + size)
+            end = cut.end() if cut else len(text)
+            found.append(np.array(tokenizer.encode(text[start:end]), dtype=np.uint16))
+            bar.update(end - start)
+            start = end
+    return np.concatenate(found) if found else np.zeros(0, dtype=np.uint16)
+
+
+WORD_END = re.compile(r"[^\W\d_](?= [^\W\d_])")  # a letter before one blank and a letter
 
 
 def decode_text(data: bytes, path: str) -> tuple[str, list[str]]:
@@ -1275,6 +1296,7 @@ class RunDirectory:
         self.aside = self.root / "checkpoints" / "aside.pt"  # a last.pt that a run went back behind
         self.best = self.root / "checkpoints" / "best.pt"
         self.record = self.root / "run.json"
+        self.board = self.root / "tensorboard"
         self.unwritten: dict[Path, str] = {}  # rows and samples that the disk had no room for
 
     def files(self) -> list[Path]:
@@ -1361,6 +1383,9 @@ class RunDirectory:
             file.parent.mkdir(parents=True, exist_ok=True)
             if overwrite or (file == self.best and not path):
                 file.unlink(missing_ok=True)
+        if overwrite:
+            for file in self.board.glob("events.out.tfevents.*"):
+                file.unlink()
         for part in (*self.root.glob("*.part"), *self.root.glob("*/*.part")):
             part.unlink(missing_ok=True)
         if path and path.resolve() != self.last.resolve():
@@ -1437,6 +1462,13 @@ class RunDirectory:
             if isinstance(record := json.loads(self.record.read_text(encoding="utf-8")), dict):
                 return record
         return {}
+
+
+def open_board(run_dir: RunDirectory, step: int):
+    """TensorBoard's writer; what an earlier start wrote past `step` is hidden, since it is made again."""
+    from torch.utils.tensorboard import SummaryWriter  # slow to import, so only here
+
+    return SummaryWriter(run_dir.board, purge_step=step + 1)
 
 
 def show(text: str) -> None:
@@ -2061,6 +2093,7 @@ class Loop:
         self.trainer, self.run_dir, self.log, self.stop, self.command = trainer, run_dir, log, stop, command
         self.alone, self.main = trainer.runtime.world_size == 1, trainer.runtime.rank == 0
         self.poll = stop.poll if self.alone else lambda: None  # of several processes, none may leave by itself
+        self.board = open_board(run_dir, trainer.step) if self.main and trainer.config.tensorboard else None
         self.reads_each_step = trainer.runtime.device.type == "cpu"  # there, a result is there at once
         self.writer = CheckpointWriter(run_dir, log, trainer.runtime.device, trainer.best_saved)
         trainer.optimizer.register_step_pre_hook(self.writer.hold_update)
@@ -2108,6 +2141,8 @@ class Loop:
             raise
         finally:
             self.writer.wait()
+            if self.board:
+                self.board.close()
         return self.write_record(ended)
 
     def has_ended(self) -> str:
@@ -2261,6 +2296,8 @@ class Loop:
         if self.main:
             row = {**row, "tok_per_s": round(rate, 1), "elapsed_s": round(self.seconds(), 3), "mfu": mfu}
             self.writer.append(self.run_dir.write_row, row)
+            for key in ("loss", "avg_loss", "lr", "grad_norm", "tok_per_s") if self.board else ():
+                self.board.add_scalar(key, row[key], row["step"])
 
     def save(self, best: bool = True) -> None:
         """last.pt, and with `best` also best.pt, if this is the lowest avg_loss at a save so far. Only saves that the
@@ -2291,8 +2328,10 @@ class Loop:
             self.texts = t.sample(self.poll)
             self.writer.append(self.run_dir.write_samples, t.step, self.texts)
             self.sampled_step = t.step
-            for prompt, text in self.texts:
+            for i, (prompt, text) in enumerate(self.texts):
                 show(f"--- sample at step {t.step} ---\n{prompt}{text}\n")
+                if self.board:  # Markdown: four blanks keep the lines as they are
+                    self.board.add_text(f"sample {i}", textwrap.indent(prompt + text, "    ", lambda _: True), t.step)
 
     def tell_what_is_learned(self) -> None:
         """By heart, or not: recall, and how much of each sample is the text's own words."""
@@ -2456,16 +2495,22 @@ def train(config: TrainConfig, command: str = "") -> dict:
 # ======================================================================================================================
 
 
+def help_texts(docstring: str) -> tuple[str, str]:
+    """(a program's first paragraph, its examples), for --help within 80 columns."""
+    summary, examples = docstring.split("\n\n")[:2]
+    examples = re.sub(r"(?m)^ +(.*?) +# (.*)$", r"  # \2\n  \1", examples)  # what it does, then how
+    return textwrap.fill(summary, 79), "examples:\n" + re.sub(r"(?m)^ +", "  ", examples)
+
+
 def build_parser() -> argparse.ArgumentParser:
     """Flags from TrainConfig. Values stay text here: read_flags converts them and collects what doesn't fit."""
-    summary, examples = __doc__.split("\n\n")[:2]
-    style = argparse.RawDescriptionHelpFormatter
+    summary, examples = help_texts(__doc__)
     parser = argparse.ArgumentParser(
         "train.py",
-        None,
+        "python train.py [--preset NAME] [--FLAG VALUE ...]",
         summary,
-        f"examples:\n{examples}",
-        formatter_class=style,
+        examples,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
         exit_on_error=False,
     )

