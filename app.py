@@ -1,0 +1,314 @@
+"""A web page that continues prompts with a trained checkpoint, and shows how it was trained.
+
+    python app.py                                            # out/checkpoints/best.pt, at http://127.0.0.1:7860
+    python app.py --checkpoint out_demo/checkpoints/best.pt
+    python app.py --make_space space                         # a folder to push as a Hugging Face Space
+
+Text streams in token by token. One request is computed at a time, others wait in a queue. What a request may ask for is
+limited on the server, not only in the page. Nothing is fetched from other hosts and nothing is sent to any.
+
+Exit codes: 0 stopped by Ctrl-C, or the Space is written; 1 the port or a file can't be used; 2 unusable flags.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import os
+import shutil
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+os.environ.setdefault("GRADIO_ANALYTICS_ENABLED", "False")
+import gradio as gr
+
+import sample
+import train
+import update_readme
+
+HERE = Path(__file__).resolve().parent
+MOST = {"num_samples": 4, "max_new_tokens": 1000, "temperature": 5.0, "top_k": 50257, "seed": 2**32 - 1}
+PROMPT_CHARACTERS = 20_000
+QUEUE = 20  # requests that may wait
+EXAMPLES = ["ROMEO:\n", "BIANCA:\n", "First Citizen:\nBefore we proceed any further, hear me speak.\n", "KING HENRY"]
+FIELDS = ("prompt", "max_new_tokens", "num_samples", "temperature", "top_k", "seed")
+INFO = {
+    "prompt": "What the model continues.",
+    "max_new_tokens": f"Tokens to write, at most {MOST['max_new_tokens']:,}; a token is about four letters.",
+    "num_samples": "Continuations, written side by side.",
+    "temperature": "0: always the likeliest token; over 1: wilder.",
+    "top_k": "Draw from the k likeliest tokens (0: from all).",
+    "seed": "The same seed gives the same text.",
+}
+
+# ======================================================================================================================
+# What the page does
+# ======================================================================================================================
+
+
+def problems_of(values: dict) -> tuple[sample.Request | None, dict[str, str]]:
+    """(the request, or None; {field: what to put right}). The browser may send anything."""
+    found, numbers = {}, {}
+    for name in FIELDS[1:]:
+        value = values[name]
+        if value in (None, "") or (name == "max_new_tokens" and value == 0):  # an emptied slider becomes its minimum
+            found[name] = f"this is empty: enter a number up to {MOST[name]:,}"
+        else:
+            whole = sample.BOUNDS[name][2] is int and isinstance(value, float) and value.is_integer()
+            numbers[name] = int(value) if whole else value
+    prompt = values["prompt"] if isinstance(values["prompt"], str) else ""
+    request = sample.Request(prompt=prompt, **numbers)
+    found |= {k: v.removeprefix(f"{k} ") for k, v in request.problems().items()}
+    for name, most in MOST.items():
+        if name not in found and getattr(request, name) > most:
+            found[name] = f"{getattr(request, name):,} is too much: at most {most:,}"
+    if len(prompt) > PROMPT_CHARACTERS:
+        found["prompt"] = f"{len(prompt):,} characters are too many: at most {PROMPT_CHARACTERS:,}"
+    return (None if found else request), found
+
+
+def fields(problems: dict[str, str]) -> list[dict]:
+    """An update of each field: what is wrong stands where its help stands."""
+    return [
+        gr.update(
+            info=f"\u26a0 {problems[name]}" if name in problems else INFO[name],
+            elem_classes=["wrong"] * (name in problems),
+        )
+        for name in FIELDS
+    ]
+
+
+class Page:
+    """What is loaded, and what each button does with it."""
+
+    def __init__(self, checkpoint: str, device: str = "auto", amp: str = "auto"):
+        self.writer, self.trouble = None, ""
+        try:
+            self.writer = sample.Writer(checkpoint, device, amp)
+        except (train.RunError, train.UsageError) as e:
+            self.trouble = str(e)
+        self.run_dir = Path(checkpoint).absolute().parent.parent
+
+    def status(self) -> str:
+        """Which checkpoint is loaded, or what to do."""
+        if not self.writer:
+            return (
+                f"**There is no model:** {update_readme.plain(self.trouble)}. Train one, "
+                "`python train.py --preset demo` takes minutes, then start this page with "
+                "`python app.py --checkpoint out_demo/checkpoints/best.pt`."
+            )
+        loss = f", loss {self.writer.loss:.4f}" if self.writer.loss else ""
+        size = sum(self.writer.model.parameter_counts().values())
+        where = f"{self.writer.runtime.describe_device()}, {self.writer.runtime.describe_precision()}"
+        return (
+            f"{update_readme.code(self.writer.path)}: {size:,} parameters, step {self.writer.step:,}{loss}; on {where}"
+        )
+
+    def write(self, *values) -> Iterator[list]:
+        """Updates of the texts, the fields and the line below, as the text grows."""
+        request, found = problems_of(dict(zip(FIELDS, values, strict=True)))
+        none = [gr.update(visible=i == 0, value="") for i in range(MOST["num_samples"])]
+        if found or not self.writer:
+            yield [*none, *fields(found), "Please put right what is marked." if found else self.status()]
+            return
+        _, cut = self.writer.encode(request.prompt)
+        note = (
+            f" The prompt is longer than the context: its last {self.writer.context:,} tokens are read." if cut else ""
+        )
+        texts, start, shown = [request.prompt] * request.num_samples, time.monotonic(), 0.0
+        for count, pieces in enumerate(self.writer.write(request), 1):
+            texts = [text + piece for text, piece in zip(texts, pieces, strict=True)]
+            if (now := time.monotonic()) - shown > 0.1 or count == request.max_new_tokens:
+                shown, rate = now, count * request.num_samples / max(now - start, 1e-9)
+                line = f"{count:,} of {request.max_new_tokens:,} tokens, {rate:.0f} tok/s.{note}"
+                yield [*self.boxes(texts), *fields({}), line]
+
+    def boxes(self, texts: list[str]) -> list[dict]:
+        unused = MOST["num_samples"] - len(texts)
+        return [
+            *(gr.update(visible=True, value=text) for text in texts),
+            *[gr.update(visible=False, value="")] * unused,
+        ]
+
+    def training(self) -> tuple[str, str]:
+        """(the run's summary as Markdown, its curve as SVG), from the records beside the checkpoint."""
+        try:
+            run, _ = update_readme.read_run(self.run_dir, self.run_dir.name)
+            curve = update_readme.curve(run).decode() if run.rows else ""
+        except (update_readme.ReadmeError, OSError) as e:
+            return f"The records of this training aren't there ({update_readme.plain(str(e))}).", ""
+        return update_readme.summary(run) + "\n" + "\n".join(update_readme.learned(run)), curve[curve.find("<svg") :]
+
+
+# ======================================================================================================================
+# The page
+# ======================================================================================================================
+
+CSS = """
+.wrong span, .wrong .info { color: var(--error-text-color, #b91c1c) !important; font-weight: 600; }
+.curve svg { max-width: 100%; height: auto; }
+.sample textarea { font-family: ui-monospace, monospace; }
+footer { display: none !important; }
+"""
+# Fonts of the reader's machine: none is fetched
+FONTS = {"font": ["system-ui", "sans-serif"], "font_mono": ["ui-monospace", "monospace"]}
+
+
+def build(page: Page) -> gr.Blocks:
+    with gr.Blocks(title="GPT-2 from scratch", analytics_enabled=False) as blocks:
+        gr.Markdown("# GPT-2, trained from scratch")
+        gr.Markdown(page.status(), elem_id="status")
+        with gr.Tab("Write"):
+            with gr.Row():
+                with gr.Column(min_width=280):
+                    prompt = gr.Textbox(
+                        label="Prompt",
+                        info=INFO["prompt"],
+                        lines=4,
+                        elem_id="prompt",
+                        value=page.writer.trained_prompt if page.writer else "",
+                    )
+                    knobs = [
+                        gr.Slider(
+                            0, MOST["max_new_tokens"], 200, step=1, label="Maximum length", elem_id="max_new_tokens"
+                        ),
+                        gr.Slider(1, MOST["num_samples"], 2, step=1, label="Samples", elem_id="num_samples"),
+                        gr.Slider(0, 2, 0.9, step=0.05, label="Temperature", elem_id="temperature"),
+                        gr.Slider(0, 200, 50, step=1, label="Top-k", elem_id="top_k"),
+                        gr.Number(1337, label="Seed", elem_id="seed"),
+                    ]
+                    for name, knob in zip(FIELDS[1:], knobs, strict=True):
+                        knob.info = INFO[name]
+                        knob.preprocess = lambda payload: payload  # ours says beside the field what is wrong
+                    with gr.Row():
+                        go = gr.Button("Generate", variant="primary", elem_id="generate")
+                        stop = gr.Button("Stop", elem_id="stop")
+                with gr.Column(min_width=280, scale=2):
+                    line = gr.Markdown("", elem_id="line")
+                    boxes = [
+                        gr.Textbox(
+                            label=f"Sample {i + 1}",
+                            lines=8,
+                            max_lines=40,
+                            visible=i == 0,
+                            interactive=False,
+                            elem_classes=["sample"],
+                            buttons=["copy"],
+                        )
+                        for i in range(MOST["num_samples"])
+                    ]
+            gr.Examples([[text] for text in EXAMPLES], prompt, label="Example prompts")
+            asked = go.click(
+                page.write,
+                [prompt, *knobs],
+                [*boxes, prompt, *knobs, line],
+                concurrency_limit=1,
+                concurrency_id="model",
+            )
+            stop.click(None, cancels=[asked])
+        with gr.Tab("Training"):
+            summary, curve = page.training()
+            gr.Markdown(summary, elem_id="summary")
+            gr.HTML(f'<div class="curve">{curve}</div>', elem_id="curve")
+    return blocks.queue(max_size=QUEUE, default_concurrency_limit=1)
+
+
+# ======================================================================================================================
+# A Hugging Face Space
+# ======================================================================================================================
+
+SPACE = """---
+title: GPT-2 from scratch
+emoji: \U0001f3ad
+colorFrom: indigo
+colorTo: gray
+sdk: gradio
+sdk_version: {version}
+app_file: app.py
+pinned: false
+license: mit
+---
+
+GPT-2 124M, trained from scratch on one text by `train.py`, and a page that continues prompts with it. Written by
+`python app.py --make_space`; push this folder to a Space as it is.
+"""
+
+
+def make_space(checkpoint: Path, folder: Path) -> None:
+    """All that a Space needs, in one folder. Raises train.RunError, train.UsageError or OSError."""
+    if folder.is_dir() and any(folder.iterdir()):
+        raise train.UsageError(f"{folder} isn't empty: name another folder")
+    train.load_checkpoint(checkpoint)  # whole, by its checksums
+    (folder / "out" / "checkpoints").mkdir(parents=True)
+    for name in ("app.py", "sample.py", "train.py", "update_readme.py", "LICENSE"):
+        shutil.copyfile(HERE / name, folder / name)
+    shutil.copyfile(checkpoint, folder / "out" / "checkpoints" / "best.pt")
+    run_dir = checkpoint.absolute().parent.parent
+    for name in ("run.json", "logs/train_metrics.csv"):
+        if (run_dir / name).is_file():
+            (folder / "out" / name).parent.mkdir(exist_ok=True)
+            shutil.copyfile(run_dir / name, folder / "out" / name)
+    (folder / "README.md").write_text(SPACE.format(version=gr.__version__), encoding="utf-8")
+    (folder / ".gitattributes").write_text("*.pt filter=lfs diff=lfs merge=lfs -text\n", encoding="utf-8")
+    lines = (HERE / "requirements.txt").read_text(encoding="utf-8").splitlines()
+    kept = [line for line in lines if "export_hf.py" not in line]
+    (folder / "requirements.txt").write_text("\n".join(kept) + "\n", encoding="utf-8")
+    print(f"Written: push {folder} to a Gradio Space", flush=True)
+
+
+# ======================================================================================================================
+# Command line
+# ======================================================================================================================
+
+
+def build_parser() -> argparse.ArgumentParser:
+    summary, examples = train.help_texts(__doc__)
+    style = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(
+        "app.py", "python app.py [--FLAG VALUE ...]", summary, examples, formatter_class=style, allow_abbrev=False
+    )
+    parser.add_argument("--checkpoint", default="out/checkpoints/best.pt", help="(default: out/checkpoints/best.pt)")
+    host = os.environ.get("GRADIO_SERVER_NAME", "127.0.0.1")  # a Space sets it
+    parser.add_argument("--host", default=host, help="address to listen on; 0.0.0.0: all (default: 127.0.0.1)")
+    parser.add_argument("--port", type=int, default=7860, help="(default: 7860)")
+    parser.add_argument("--device", default="auto", choices=("auto", "cpu", "cuda", "mps"), help="(default: auto)")
+    parser.add_argument("--amp", default="auto", choices=("auto", "fp16", "bf16", "off"), help="(default: auto)")
+    parser.add_argument("--make_space", metavar="DIR", type=Path, help="write a Hugging Face Space instead")
+    return parser
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs the command line and returns the exit code; faults are one sentence each, on stderr."""
+    args = build_parser().parse_args(argv)
+    try:
+        if problems := [text for _, text in train.TrainConfig(steps=1, device=args.device, amp=args.amp).conflicts()]:
+            raise train.UsageError(*problems)
+        if args.make_space:
+            make_space(Path(args.checkpoint), args.make_space)
+            return 0
+        blocks = build(Page(args.checkpoint, args.device, args.amp))
+        with contextlib.suppress(KeyboardInterrupt):
+            blocks.launch(
+                server_name=args.host,
+                server_port=args.port,
+                theme=gr.themes.Default(**FONTS),
+                css=CSS,
+                ssr_mode=False,
+                show_error=True,
+            )
+    except train.UsageError as e:
+        print(*(f"app.py: {problem}" for problem in e.problems), sep="\n", file=sys.stderr)
+        return 2
+    except train.RunError as e:
+        print(f"app.py: {e}", file=sys.stderr)
+        return 1
+    except OSError as e:  # so is a port that is taken
+        print(f"app.py: {e}: choose another --host or --port", file=sys.stderr)
+        return 1
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

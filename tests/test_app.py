@@ -1,0 +1,200 @@
+"""The web page: its server's rules, a real browser, and the folder of a Space."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import re
+import shutil
+import socket
+import subprocess
+import sys
+import time
+import urllib.request
+
+import pytest
+from conftest import ROOT, TINY
+
+import app
+import train
+
+CHROMIUM = next(
+    (found for name in ("chromium", "chromium-browser", "google-chrome") if (found := shutil.which(name))), ""
+)
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory):
+    out_dir = tmp_path_factory.mktemp("app") / "out"
+    train.train(
+        train.TrainConfig(**{**TINY, "out_dir": str(out_dir), "steps": 45, "num_prompts": 1, "prompt": "TILDA:\n"})
+    )
+    return out_dir / "checkpoints" / "best.pt"
+
+
+@pytest.fixture(scope="module")
+def page(checkpoint):
+    return app.Page(str(checkpoint), "cpu", "off")
+
+
+VALUES = {"prompt": "TILDA:", "max_new_tokens": 5, "num_samples": 2, "temperature": 0.9, "top_k": 50, "seed": 1}
+
+
+def updates(page, **changes) -> list[list]:
+    return list(page.write(*(VALUES | changes).values()))
+
+
+# ---- what the server answers ----
+
+
+def test_text_grows_in_as_many_boxes_as_samples(page):
+    *_, last = updates(page, num_samples=3)
+    boxes = last[: app.MOST["num_samples"]]
+    assert [box["visible"] for box in boxes] == [True, True, True, False]
+    texts = [box["value"] for box in boxes[:3]]
+    assert all(text.startswith("TILDA:") and len(text) > 8 for text in texts) and len(set(texts)) == 3
+    assert "5 of 5 tokens" in last[-1]
+    assert texts[0] == updates(page)[-1][0]["value"] != updates(page, seed=2)[-1][0]["value"]
+    assert updates(page, prompt="")[-1][0]["value"]  # an empty prompt starts from a line break
+    assert f"its last {page.writer.context} tokens are read" in updates(page, prompt="word " * 99)[-1][-1]
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "said"),
+    [
+        ("max_new_tokens", None, "this is empty: enter a number up to 1,000"),
+        ("max_new_tokens", 0, "this is empty: enter a number up to 1,000"),
+        ("max_new_tokens", 1001, "1,001 is too much: at most 1,000"),
+        ("max_new_tokens", 10**30, "is out of bounds"),
+        ("max_new_tokens", "5", "isn't a whole number"),
+        ("num_samples", 5, "5 is too much: at most 4"),
+        ("num_samples", 1.5, "1.5 isn't a whole number"),
+        ("temperature", float("nan"), "nan is out of bounds"),
+        ("top_k", -1, "-1 is out of bounds"),
+        ("seed", {"a": 1}, "isn't a whole number"),
+        ("prompt", "x" * 20_001, "20,001 characters are too many: at most 20,000"),
+    ],
+)
+def test_wrong_input_is_said_beside_its_field_whatever_the_browser_sends(page, monkeypatch, field, value, said):
+    monkeypatch.setattr(page.writer, "write", None)  # nothing is computed
+    (only,) = updates(page, **{field: value})
+    infos = dict(zip(app.FIELDS, only[app.MOST["num_samples"] : -1], strict=True))
+    assert said in infos[field]["info"] and infos[field]["elem_classes"] == ["wrong"]
+    assert all(infos[name]["info"] == app.INFO[name] for name in app.FIELDS if name != field)
+    assert only[-1] == "Please put right what is marked."
+
+
+def test_without_a_checkpoint_the_page_says_what_to_do(tmp_path):
+    page = app.Page(str(tmp_path / "out" / "checkpoints" / "none.pt"))
+    assert "doesn't exist" in page.status() and "python train.py --preset demo" in page.status()
+    (only,) = updates(page)
+    assert only[-1] == page.status()
+    assert "aren't there" in page.training()[0]
+    app.build(page)
+
+
+def test_the_run_beside_the_checkpoint_is_shown(page):
+    summary, curve = page.training()
+    assert "Ended: **steps done** at step 45" in summary and curve.startswith("<svg")
+
+
+# ---- in a browser ----
+
+
+@contextlib.contextmanager
+def served(*flags):
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        port = s.getsockname()[1]
+    command = [sys.executable, str(ROOT / "app.py"), "--port", str(port), "--device", "cpu", "--amp", "off", *flags]
+    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+    try:
+        for _ in range(600):
+            with contextlib.suppress(OSError):
+                urllib.request.urlopen(f"http://127.0.0.1:{port}", timeout=5)
+                break
+            assert process.poll() is None, process.stderr.read()
+            time.sleep(0.1)
+        yield f"http://127.0.0.1:{port}"
+    finally:
+        process.terminate()
+        process.communicate(timeout=30)
+
+
+@pytest.mark.skipif(not (CHROMIUM or os.environ.get("CI")), reason="needs chromium: apt-get install chromium")
+def test_the_page_in_a_real_browser(checkpoint, tmp_path):
+    from playwright.sync_api import expect, sync_playwright
+
+    with served("--checkpoint", str(checkpoint)) as url, sync_playwright() as playwright:
+        browser = playwright.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
+        tab = browser.new_page(viewport={"width": 1200, "height": 1000})
+        faults, foreign = [], []
+        tab.on("console", lambda message: faults.append(message.text) if message.type == "error" else None)
+        tab.on("pageerror", lambda error: faults.append(str(error)))
+        tab.on(
+            "request",
+            lambda request: None if request.url.startswith((url, "data:", "blob:")) else foreign.append(request.url),
+        )
+        tab.goto(url)
+        expect(tab.locator("#status")).to_contain_text("step 4")
+        tab.fill("#prompt textarea", "AMBROSE:\n")
+        tab.fill("#max_new_tokens input[type=number]", "30")
+        tab.locator("#num_samples input[type=range]").press("ArrowRight")  # 2 -> 3
+        tab.locator("#num_samples input[type=range]").press("ArrowLeft")
+        tab.click("#generate")
+        expect(tab.locator("#line")).to_contain_text("30 of 30 tokens", timeout=30_000)
+        texts = [box.input_value() for box in tab.locator(".sample textarea:visible").all()]
+        assert len(texts) == 2 and all(text.startswith("AMBROSE:\n") and len(text) > 20 for text in texts)
+        tab.fill("#max_new_tokens input[type=number]", "")
+        tab.click("#generate")
+        expect(tab.locator("#max_new_tokens")).to_contain_text("this is empty: enter a number up to 1,000")
+        expect(tab.locator("#line")).to_contain_text("Please put right what is marked.")
+        tab.fill("#max_new_tokens input[type=number]", "4")
+        tab.click("#generate")
+        expect(tab.locator("#line")).to_contain_text("4 of 4 tokens")
+        expect(tab.locator("#max_new_tokens")).not_to_contain_text("empty")
+        tab.get_by_text("KING HENRY").click()
+        expect(tab.locator("#prompt textarea")).to_have_value("KING HENRY")
+        tab.get_by_role("tab", name="Training").click()
+        expect(tab.locator("#summary")).to_contain_text("steps done")
+        expect(tab.locator("#curve svg")).to_be_visible()
+        phone = browser.new_page(viewport={"width": 360, "height": 740}, color_scheme="dark")
+        phone.goto(url)
+        expect(phone.locator("#generate")).to_be_visible()
+        assert phone.evaluate("document.documentElement.scrollWidth") <= 360  # nothing to scroll sideways
+        assert phone.evaluate("document.body.classList.contains('dark')")
+        browser.close()
+        assert not faults and not foreign
+
+
+# ---- a Space ----
+
+
+def test_a_space_has_all_that_it_needs(checkpoint, tmp_path, capsys):
+    folder = tmp_path / "space"
+    assert app.main(["--checkpoint", str(checkpoint), "--make_space", str(folder)]) == 0
+    front = (folder / "README.md").read_text(encoding="utf-8").split("---\n")[1]
+    settings = dict(re.findall(r"^(\w+): (.*)$", front, re.M))
+    assert settings["sdk"] == "gradio" and settings["sdk_version"] == app.gr.__version__
+    assert (folder / settings["app_file"]).is_file()
+    needed = (folder / "requirements.txt").read_text(encoding="utf-8")
+    assert "torch" in needed and "export_hf" not in needed
+    code = (
+        "import app; p = app.Page('out/checkpoints/best.pt'); print(p.status()); app.build(p); print(p.training()[0])"
+    )
+    done = subprocess.run([sys.executable, "-c", code], cwd=folder, capture_output=True, text=True)
+    assert "step 4" in done.stdout and "steps done" in done.stdout, done.stderr
+    assert app.main(["--checkpoint", str(checkpoint), "--make_space", str(folder)]) == 2
+    assert "isn't empty" in capsys.readouterr().err
+    assert app.main(["--checkpoint", "nowhere.pt", "--make_space", str(tmp_path / "other")]) == 1
+
+
+def test_a_port_that_is_taken_is_one_sentence(checkpoint, capsys):
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        s.listen()
+        flags = ["--checkpoint", str(checkpoint), "--device", "cpu", "--port", str(s.getsockname()[1])]
+        assert app.main(flags) == 1
+    assert capsys.readouterr().err.rstrip().endswith("choose another --host or --port")
+    if not train.device_present("cuda"):
+        assert app.main(["--device", "cuda"]) == 2
