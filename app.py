@@ -33,6 +33,7 @@ MOST = {"num_samples": 4, "max_new_tokens": 1000, "temperature": 5.0, "top_k": 5
 PROMPT_CHARACTERS = 20_000
 QUEUE = 20  # requests that may wait
 EXAMPLES = ["ROMEO:\n", "BIANCA:\n", "First Citizen:\nBefore we proceed any further, hear me speak.\n", "KING HENRY"]
+SLIDERS = ("max_new_tokens", "num_samples")
 FIELDS = ("prompt", "max_new_tokens", "num_samples", "temperature", "top_k", "seed")
 INFO = {
     "prompt": "What the model continues.",
@@ -53,7 +54,7 @@ def problems_of(values: dict) -> tuple[sample.Request | None, dict[str, str]]:
     found, numbers = {}, {}
     for name in FIELDS[1:]:
         value = values[name]
-        if value in (None, "") or (name == "max_new_tokens" and value == 0):  # an emptied slider becomes its minimum
+        if value in (None, "") or (name in SLIDERS and value == 0):  # an emptied slider becomes its minimum
             found[name] = f"this is empty: enter a number up to {MOST[name]:,}"
         else:
             whole = sample.BOUNDS[name][2] is int and isinstance(value, float) and value.is_integer()
@@ -87,9 +88,12 @@ class Page:
         self.writer, self.trouble = None, ""
         try:
             self.writer = sample.Writer(checkpoint, device, amp)
-        except (train.RunError, train.UsageError) as e:
+        except train.RunError as e:
             self.trouble = str(e)
-        self.run_dir = Path(checkpoint).absolute().parent.parent
+        folder = Path(checkpoint).absolute().parent
+        # of a checkpoint elsewhere, the folder above may hold anything
+        known = folder.name == "checkpoints" and (folder.parent / "run.json").is_file()
+        self.run_dir = folder.parent if known else None
 
     def status(self) -> str:
         """Which checkpoint is loaded, or what to do."""
@@ -100,7 +104,7 @@ class Page:
                 "`python app.py --checkpoint out_demo/checkpoints/best.pt`."
             )
         loss = f", loss {self.writer.loss:.4f}" if self.writer.loss else ""
-        size = sum(self.writer.model.parameter_counts().values())
+        size = self.writer.parameters
         where = f"{self.writer.runtime.describe_device()}, {self.writer.runtime.describe_precision()}"
         return (
             f"{update_readme.code(self.writer.path)}: {size:,} parameters, step {self.writer.step:,}{loss}; on {where}"
@@ -134,6 +138,8 @@ class Page:
 
     def training(self) -> tuple[str, str]:
         """(the run's summary as Markdown, its curve as SVG), from the records beside the checkpoint."""
+        if not self.run_dir:
+            return "The records of this training aren't beside the checkpoint.", ""
         try:
             run, _ = update_readme.read_run(self.run_dir, self.run_dir.name)
             curve = update_readme.curve(run).decode() if run.rows else ""
@@ -170,18 +176,16 @@ def build(page: Page) -> gr.Blocks:
                         elem_id="prompt",
                         value=page.writer.trained_prompt if page.writer else "",
                     )
-                    knobs = [
-                        gr.Slider(
-                            0, MOST["max_new_tokens"], 200, step=1, label="Maximum length", elem_id="max_new_tokens"
-                        ),
-                        gr.Slider(1, MOST["num_samples"], 2, step=1, label="Samples", elem_id="num_samples"),
-                        gr.Slider(0, 2, 0.9, step=0.05, label="Temperature", elem_id="temperature"),
-                        gr.Slider(0, 200, 50, step=1, label="Top-k", elem_id="top_k"),
-                        gr.Number(1337, label="Seed", elem_id="seed"),
-                    ]
-                    for name, knob in zip(FIELDS[1:], knobs, strict=True):
-                        knob.info = INFO[name]
-                        knob.preprocess = lambda payload: payload  # ours says beside the field what is wrong
+                    ranges = {
+                        "max_new_tokens": gr.Slider(0, MOST["max_new_tokens"], 200, step=1, label="Maximum length"),
+                        "num_samples": gr.Slider(0, MOST["num_samples"], 2, step=1, label="Samples"),
+                        "temperature": gr.Number(0.9, label="Temperature", step=0.1),
+                        "top_k": gr.Number(50, label="Top-k"),
+                        "seed": gr.Number(1337, label="Seed"),
+                    }
+                    for name, knob in ranges.items():
+                        knob.info, knob.elem_id = INFO[name], name
+                    knobs = list(ranges.values())
                     with gr.Row():
                         go = gr.Button("Generate", variant="primary", elem_id="generate")
                         stop = gr.Button("Stop", elem_id="stop")
@@ -199,20 +203,22 @@ def build(page: Page) -> gr.Blocks:
                         )
                         for i in range(MOST["num_samples"])
                     ]
-            gr.Examples([[text] for text in EXAMPLES], prompt, label="Example prompts")
+            own = [page.writer.trained_prompt] if page.writer else []
+            gr.Examples([[text] for text in [*own, *EXAMPLES]], prompt, label="Example prompts")
             asked = go.click(
                 page.write,
                 [prompt, *knobs],
                 [*boxes, prompt, *knobs, line],
                 concurrency_limit=1,
                 concurrency_id="model",
+                preprocess=False,  # every value comes through: problems_of says beside the field what is wrong
             )
-            stop.click(None, cancels=[asked])
+            stop.click(lambda: "Stopped.", None, line, cancels=[asked], queue=False)
         with gr.Tab("Training"):
             summary, curve = page.training()
             gr.Markdown(summary, elem_id="summary")
             gr.HTML(f'<div class="curve">{curve}</div>', elem_id="curve")
-    return blocks.queue(max_size=QUEUE, default_concurrency_limit=1)
+    return blocks.queue(max_size=QUEUE, default_concurrency_limit=1, api_open=False)  # no way past the queue
 
 
 # ======================================================================================================================
@@ -285,9 +291,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         if problems := [text for _, text in train.TrainConfig(steps=1, device=args.device, amp=args.amp).conflicts()]:
             raise train.UsageError(*problems)
+        if not 0 < args.port < 65536:
+            raise train.UsageError(f"port {args.port} isn't from 1 to 65535: choose another --port")
         if args.make_space:
             make_space(Path(args.checkpoint), args.make_space)
             return 0
+        print(f"Loading {args.checkpoint} ...", flush=True)
         blocks = build(Page(args.checkpoint, args.device, args.amp))
         with contextlib.suppress(KeyboardInterrupt):
             blocks.launch(
@@ -297,6 +306,7 @@ def main(argv: Sequence[str] | None = None) -> int:
                 css=CSS,
                 ssr_mode=False,
                 show_error=True,
+                max_file_size="1kb",  # nothing is uploaded here
             )
     except train.UsageError as e:
         print(*(f"app.py: {problem}" for problem in e.problems), sep="\n", file=sys.stderr)
@@ -304,8 +314,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     except train.RunError as e:
         print(f"app.py: {e}", file=sys.stderr)
         return 1
-    except OSError as e:  # so is a port that is taken
-        print(f"app.py: {e}: choose another --host or --port", file=sys.stderr)
+    except (OSError, ValueError) as e:  # Gradio's words for a port that is taken, or an address it can't reach
+        remedy = "" if args.make_space else ": choose another --host or --port"
+        print(f"app.py: {e}{remedy}", file=sys.stderr)
         return 1
     return 0
 

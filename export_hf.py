@@ -15,6 +15,7 @@ Exit codes: 0 written, 1 a file that can't be read or written, 2 unusable flags.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import shutil
 import sys
@@ -80,6 +81,7 @@ def write_tokenizer(folder: Path, context: int) -> None:
     tokenizer.save(str(folder / "tokenizer.json"))
     special = dict.fromkeys(("bos_token", "eos_token", "unk_token"), "<|endoftext|>")
     settings = {"tokenizer_class": "GPT2Tokenizer", "model_max_length": context, "add_prefix_space": False}
+    settings["clean_up_tokenization_spaces"] = False  # older releases would join " ," in decoded text
     write_json(folder / "special_tokens_map.json", special)
     write_json(folder / "tokenizer_config.json", settings | special)
 
@@ -91,8 +93,7 @@ def write_json(path: Path, content: dict) -> None:
 CARD = """
 # {title}
 
-GPT-2 with {parameters:,} parameters, trained from scratch by `train.py` on one text, without any pretrained weights:
-step {step:,} of its run, at an average training loss of {loss} nats per token over a pass of the text.
+GPT-2 with {parameters:,} parameters, {how}: step {step:,} of its run{loss}.
 
 A loss near 0.1 on the text of training means that the model has learned this text **by heart**. It recites; it is no
 general model of the language, and its loss on any other text is far higher.
@@ -114,20 +115,26 @@ print(write({prompt!r}, max_new_tokens=100, do_sample=True, temperature=0.9, top
 
 def write_card(folder: Path, checkpoint: dict, parameters: int, run_dir: Path | None) -> None:
     """README.md: what the model is, and the results of its run, between markers that update_readme.py knows."""
+    name, origin = folder.resolve().name, checkpoint.get("origin")
+    how = "trained from scratch by `train.py` on one text, without any pretrained weights"
+    if origin:
+        how = f"trained further by `train.py` on one text, from the weights in {update_readme.code(origin)}"
     data = huggingface_hub.ModelCardData(
         language="en",
         library_name="transformers",
         pipeline_tag="text-generation",
-        tags=["gpt2", "from-scratch"],
-        model_name=folder.name,
+        tags=["gpt2", "fine-tuned" if origin else "from-scratch"],
+        model_name=name,
     )
     blocks = "\n\n".join(f"<!--AUTO:{n}:START-->\n<!--AUTO:{n}:END-->" for n in ("SUMMARY", "METRICS", "REPRODUCE"))
+    loss = checkpoint.get("loss") if checkpoint["step"] else None
     text = CARD.format(
-        title=folder.name,
+        title=name,
         parameters=parameters,
+        how=how,
         step=checkpoint["step"],
-        loss=f"{checkpoint['loss']:.4f}" if isinstance(checkpoint.get("loss"), float) else "unknown",
-        folder=folder.name,
+        loss=f", at a mean training loss of {loss:.4f} nats per token over a pass of the text" if loss else "",
+        folder=name,
         prompt=checkpoint["config"].get("prompt") or "\n",
         blocks=blocks if run_dir else "The run directory wasn't there when this card was written.",
     )
@@ -140,20 +147,32 @@ def write_card(folder: Path, checkpoint: dict, parameters: int, run_dir: Path | 
 
 def export(path: Path, folder: Path) -> None:
     """Raises train.RunError, train.UsageError, update_readme.ReadmeError or OSError."""
+    print(f"Reading {path} ...", flush=True)
     checkpoint = train.load_checkpoint(path)  # whole, with its checksums: this copy may be all that is kept
-    if checkpoint["tokenizer"]["name"] != "gpt2":
-        raise train.UsageError(f"{path} has the tokenizer {checkpoint['tokenizer']['name']}: only gpt2 can be exported")
-    model = train.GPT(train.GPTConfig(**checkpoint["model_config"]))
-    model.load_state_dict(checkpoint["model"])  # so that nothing is missing or of another shape
+    try:
+        kind = checkpoint["tokenizer"]["name"]
+        model = train.GPT(train.GPTConfig(**checkpoint["model_config"]))
+        model.load_state_dict(checkpoint["model"])  # so that nothing is missing or of another shape
+    except (KeyError, TypeError, ValueError, RuntimeError) as e:
+        raise train.RunError(f"checkpoint {path} lacks what a model needs ({e!r:.80}): use another one") from e
+    if kind != "gpt2":
+        raise train.UsageError(f"{path} has the tokenizer {kind}: only gpt2 can be exported")
     tensors = {name: to_hf(name, p.detach()) for name, p in model.named_parameters()}  # the tied head is there once
     folder.mkdir(parents=True, exist_ok=True)
     size = sum(t.numel() * t.element_size() for t in tensors.values())
     print(f"Writing {folder / 'model.safetensors'}, {size / 1e6:,.0f} MB ...", flush=True)
-    safetensors.torch.save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    part = folder / "model.safetensors.part"
+    try:
+        safetensors.torch.save_file(tensors, part, metadata={"format": "pt"})
+    except safetensors.SafetensorError as e:
+        part.unlink(missing_ok=True)
+        raise train.RunError(f"{folder} can't hold {size / 1e6:,.0f} MB of weights ({e}): make room there") from None
+    train.replace(part, folder / "model.safetensors")
     write_json(folder / "config.json", hf_config(checkpoint["model_config"]))
     tokens = dict.fromkeys(("bos_token_id", "eos_token_id", "pad_token_id"), END_OF_TEXT)
-    sampling = {k: checkpoint["config"][k] for k in ("temperature", "top_k") if checkpoint["config"].get(k)}
-    write_json(folder / "generation_config.json", tokens | {"do_sample": bool(sampling)} | sampling)
+    temperature, top_k = checkpoint["config"].get("temperature"), checkpoint["config"].get("top_k", 0)
+    sampling = {"do_sample": True, "temperature": temperature, "top_k": top_k} if temperature else {"do_sample": False}
+    write_json(folder / "generation_config.json", tokens | sampling)
     write_tokenizer(folder, model.config.block_size)
     run_dir = path.absolute().parent.parent
     write_card(
@@ -174,8 +193,8 @@ def read_shape(folder: Path) -> dict:
     """train.py's settings of the model in config.json. Raises train.UsageError if it isn't a GPT-2 like ours."""
     try:
         config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-        shape = {k: config[k] for k in ("n_layer", "n_head", "n_embd")} | {"block_size": config["n_positions"]}
-        vocab_size = config["vocab_size"]
+        shape = {k: int(config[k]) for k in ("n_layer", "n_head", "n_embd")}
+        shape["block_size"], vocab_size = int(config["n_positions"]), config["vocab_size"]
     except (OSError, ValueError, KeyError, TypeError) as e:
         raise train.UsageError(f"{folder} has no config.json of a GPT-2 ({e!r:.80}): name such a folder") from None
     usual = {
@@ -185,13 +204,31 @@ def read_shape(folder: Path) -> dict:
         "n_inner": (None, 4 * shape["n_embd"]),
         "scale_attn_by_inverse_layer_idx": (False,),
         "scale_attn_weights": (True,),
+        "tie_word_embeddings": (True,),
+        "add_cross_attention": (False,),
     }
     odd = [f"{k} {config[k]!r}" for k, values in usual.items() if config.get(k, values[0]) not in values]
     if vocab_size != END_OF_TEXT + 1:
         odd.append(f"vocab_size {vocab_size!r}")
     if odd:
         raise train.UsageError(f"{folder} isn't a GPT-2 that train.py can be: it has {', '.join(odd)}")
+    check_vocabulary(folder)
     return shape
+
+
+def check_vocabulary(folder: Path) -> None:
+    """Raises train.UsageError if the folder names other tokens than GPT-2's: there are such of the same number."""
+    source, found = train.packaged_folder(), None
+    with contextlib.suppress(
+        OSError, ValueError, KeyError, TypeError
+    ):  # without either file there is nothing to compare
+        found = json.loads((folder / "tokenizer.json").read_text(encoding="utf-8"))["model"]["vocab"]
+    with contextlib.suppress(OSError, ValueError):
+        found = json.loads((folder / "vocab.json").read_text(encoding="utf-8"))
+    if source and found and found != json.loads((source / "encoder.json").read_text(encoding="utf-8")):
+        raise train.UsageError(
+            f"{folder} has a vocabulary of its own, and train.py knows only GPT-2's: use another one"
+        )
 
 
 def read_weights(folder: Path) -> dict[str, torch.Tensor]:
@@ -219,20 +256,21 @@ def import_folder(folder: Path, out_dir: str, flags: Sequence[str]) -> None:
             f"{k} {given[k]} isn't the model's {shape[k]}: leave --{k} out" for k in clash
         ]
         raise train.UsageError(*said)
+    print(f"Reading {folder} ...", flush=True)
     weights = read_weights(folder)
     config = train.config_from_flags([*flags, "--out_dir", out_dir, *(f"--{k}={v}" for k, v in shape.items())])
     tokenizer, run_dir = train.load_tokenizer(config.tokenizer), train.RunDirectory(out_dir)
     corpus = train.load_corpus(config.input_file, tokenizer, config.cache_dir)
     trainer = train.Trainer(config, corpus, tokenizer, train.start_runtime(config))
-    lacking = trainer.model.load_state_dict(
-        weights | {"lm_head.weight": weights.get("transformer.wte.weight")}, strict=False
-    )
-    if lacking.missing_keys or lacking.unexpected_keys:
-        names = ", ".join([*lacking.missing_keys, *lacking.unexpected_keys][:3])
-        raise train.RunError(f"the weights in {folder} don't fit its config.json ({names} ...): get them anew")
-    run_dir.last.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        trainer.model.load_state_dict(weights | {"lm_head.weight": weights["transformer.wte.weight"]})
+    except (KeyError, RuntimeError) as e:
+        what = str(e).strip().splitlines()[-1].strip()
+        raise train.RunError(f"the weights in {folder} don't fit its config.json ({what:.80}): get them anew") from None
+    trainer.origin = folder.resolve().name
     with run_dir.lock():
         run_dir.check_space(sum(p.numel() for p in trainer.model.parameters()))
+        run_dir.prepare(config.overwrite, None)
         train.save_checkpoint(run_dir.last, trainer.state_dict())
     print(f"Written: python train.py --resume {run_dir.last} trains it on {config.input_file}", flush=True)
 

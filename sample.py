@@ -5,8 +5,9 @@
     echo "TILDA:" | python sample.py --prompt -              # from stdin
     python sample.py --prompt @scene.txt --json              # from a file, for a program
 
-The samples are written at once: the first is shown token by token, the others when it is done. The same seed gives the
-same text on the same machine; sample i depends on seed + i alone. What was counted and timed goes to stderr.
+The samples are written at once: the first is shown token by token, the others when it is done. The same command gives
+the same text on the same machine; the random numbers of sample i come from seed + i. What was counted and timed goes to
+stderr.
 
 Exit codes: 0 written, 1 the checkpoint can't be used, 2 unusable flags, 130 stopped by Ctrl-C.
 """
@@ -84,6 +85,18 @@ class Writer:
         self.model.to(self.runtime.device).eval()
         train.check_causality(self.model, self.runtime, min(64, self.model.config.block_size))
         self.context = self.model.config.block_size
+        self.parameters = sum(self.model.parameter_counts().values())
+        self.cast_once()
+
+    def cast_once(self) -> None:
+        """Gives each matrix the type that autocast would cast it to, for every token anew. The embedding, which it
+        leaves alone, stays as it is, so the head gets a copy of its own."""
+        for module in self.model.modules():
+            if isinstance(module, torch.nn.Linear) and self.runtime.amp_dtype:
+                for name, p in list(module.named_parameters()):
+                    setattr(
+                        module, name, torch.nn.Parameter(p.detach().to(self.runtime.amp_dtype), requires_grad=False)
+                    )
 
     def encode(self, prompt: str) -> tuple[list[int], int]:
         """(token ids that fit into the context, how many were cut off before them); an empty prompt is a line break."""
@@ -149,9 +162,9 @@ def read_prompt(text: str) -> str:
         return train.unescape(text.removeprefix("\\") if text.startswith("\\@") else text)
     try:
         data = sys.stdin.buffer.read() if text == "-" else Path(name).read_bytes()
-        return data.decode("utf-8-sig")
-    except UnicodeDecodeError:
-        raise train.UsageError(f"prompt: {name} isn't UTF-8 text: convert it") from None
+        return train.decode_text(data, name)[0]  # line breaks as in training
+    except AttributeError:
+        raise train.UsageError("prompt: there is no stdin: give the prompt itself") from None
     except (OSError, ValueError) as e:
         remedy = r"; a prompt that begins with @ is written \@" if text != "-" else ""
         raise train.UsageError(f"prompt: {name} can't be read ({getattr(e, 'strerror', e)}){remedy}") from None
@@ -159,6 +172,8 @@ def read_prompt(text: str) -> str:
 
 def emit(text: str) -> None:
     """Writes to stdout as far as the terminal has the characters. Raises BrokenPipeError if nobody reads any more."""
+    if sys.stdout is None:
+        raise BrokenPipeError
     encoding = sys.stdout.encoding or "utf-8"
     sys.stdout.write(text.encode(encoding, "replace").decode(encoding))
     sys.stdout.flush()
@@ -203,29 +218,31 @@ def main(argv: Sequence[str] | None = None) -> int:
     problems = list(Request(**args).problems().values())
     problems += [remedy for _, remedy in train.TrainConfig(steps=1, device=where[0], amp=where[1]).conflicts()]
     try:
-        if prompt is not None:
-            prompt = read_prompt(prompt)
-    except train.UsageError as e:
-        problems += e.problems
-    if problems:
-        say("\nsample.py: ".join(problems))
-        return 2
-    try:
+        try:
+            prompt = prompt if prompt is None else read_prompt(prompt)
+        except train.UsageError as e:
+            problems += e.problems
+        if problems:
+            raise train.UsageError(*problems)
         writer = Writer(path, *where)
-        request = Request(prompt=writer.trained_prompt if prompt is None else prompt, **args)
-        return run(writer, dataclasses.replace(request, prompt=request.prompt or "\n"), as_json)
+        request = Request(prompt=(writer.trained_prompt if prompt is None else prompt) or "\n", **args)
+        return run(writer, request, as_json)
     except train.UsageError as e:
         say("\nsample.py: ".join(e.problems))
         return 2
     except train.RunError as e:
         say(str(e))
-        return 1
+    except (RuntimeError, MemoryError) as e:
+        if not train.out_of_memory(e):
+            raise
+        say("the memory is full: lower --num_samples or --max_new_tokens")
     except BrokenPipeError:  # whoever read it has enough
         sys.stdout = None
         return 0
     except KeyboardInterrupt:
         say("interrupted before the first token")
         return 130
+    return 1
 
 
 if __name__ == "__main__":

@@ -1464,11 +1464,34 @@ class RunDirectory:
         return {}
 
 
-def open_board(run_dir: RunDirectory, step: int):
-    """TensorBoard's writer; what an earlier start wrote past `step` is hidden, since it is made again."""
-    from torch.utils.tensorboard import SummaryWriter  # slow to import, so only here
+class Board:
+    """TensorBoard's files, of figures and samples. A fault there ends them, never the run."""
 
-    return SummaryWriter(run_dir.board, purge_step=step + 1)
+    def __init__(self, run_dir: RunDirectory, step: int, log: logging.Logger):
+        self.log = log
+        try:
+            from torch.utils.tensorboard import SummaryWriter  # slow to import, so only where it is asked for
+
+            # hides what an earlier start wrote past `step`, since that is made again
+            self.writer = SummaryWriter(run_dir.board, purge_step=step + 1)
+        except Exception as e:  # a broken installation can raise anything
+            raise RunError(f"tensorboard doesn't work here ({e!r:.80}): leave --tensorboard out") from e
+
+    def add_row(self, row: dict) -> None:
+        for key in ("loss", "avg_loss", "lr", "grad_norm", "tok_per_s"):
+            self.call("add_scalar", key, row[key], row["step"])
+
+    def add_samples(self, texts: Sequence[tuple[str, str]], step: int) -> None:
+        for i, (prompt, text) in enumerate(texts):  # as Markdown: four blanks keep the lines as they are
+            self.call("add_text", f"sample {i}", textwrap.indent(prompt + text, "    ", lambda _: True), step)
+
+    def call(self, name: str, *args) -> None:
+        try:
+            if self.writer:
+                getattr(self.writer, name)(*args)
+        except Exception as e:  # its thread's, such as a full disk
+            self.writer = None
+            self.log.warning(f"TensorBoard's files can't be written ({e!r:.80}): from here on they are left out")
 
 
 def show(text: str) -> None:
@@ -1743,6 +1766,7 @@ class Trainer:
         self.best_loss = self.best_saved = math.inf  # the lowest avg_loss seen, and the one that best.pt holds
         self.next_proof = 0  # the step before which a failed proof isn't tried again
         self.skipped = torch.zeros((), device=runtime.device)  # updates that the loss scaler left out
+        self.origin = ""  # of initial weights that weren't drawn by seed: the folder that they were imported from
         self.notes: list[str] = []  # what a resumed run should know, for the log
         self.step_loss, self.grad_norm, self.lr = torch.tensor(0.0), torch.tensor(0.0), 0.0  # of the last step
 
@@ -1929,6 +1953,7 @@ class Trainer:
             "loss": self.avg_loss(),
             "tokenizer": {"name": self.tokenizer.name, "vocab_size": self.tokenizer.vocab_size},
             "corpus_sha256": self.corpus.sha256,
+            "origin": self.origin,
         }
 
     def gather_rng_states(self) -> list[dict[str, torch.Tensor]]:
@@ -1975,6 +2000,7 @@ class Trainer:
         self.losses.copy_(state["losses"])
         self.step, self.seconds = state["step"], state["seconds"]
         self.best_loss, self.best_saved = state["best_loss"], state["best_saved"]
+        self.origin = state.get("origin", "")
         self.next_proof, last = state["next_proof"], state["last_step"]
         self.skipped.fill_(state["skipped"])
         self.step_loss, self.grad_norm = torch.tensor(last["loss"]), torch.tensor(last["grad_norm"])
@@ -2093,7 +2119,7 @@ class Loop:
         self.trainer, self.run_dir, self.log, self.stop, self.command = trainer, run_dir, log, stop, command
         self.alone, self.main = trainer.runtime.world_size == 1, trainer.runtime.rank == 0
         self.poll = stop.poll if self.alone else lambda: None  # of several processes, none may leave by itself
-        self.board = open_board(run_dir, trainer.step) if self.main and trainer.config.tensorboard else None
+        self.board = Board(run_dir, trainer.step, log) if self.main and trainer.config.tensorboard else None
         self.reads_each_step = trainer.runtime.device.type == "cpu"  # there, a result is there at once
         self.writer = CheckpointWriter(run_dir, log, trainer.runtime.device, trainer.best_saved)
         trainer.optimizer.register_step_pre_hook(self.writer.hold_update)
@@ -2142,7 +2168,7 @@ class Loop:
         finally:
             self.writer.wait()
             if self.board:
-                self.board.close()
+                self.board.call("close")
         return self.write_record(ended)
 
     def has_ended(self) -> str:
@@ -2296,8 +2322,8 @@ class Loop:
         if self.main:
             row = {**row, "tok_per_s": round(rate, 1), "elapsed_s": round(self.seconds(), 3), "mfu": mfu}
             self.writer.append(self.run_dir.write_row, row)
-            for key in ("loss", "avg_loss", "lr", "grad_norm", "tok_per_s") if self.board else ():
-                self.board.add_scalar(key, row[key], row["step"])
+            if self.board:
+                self.board.add_row(row)
 
     def save(self, best: bool = True) -> None:
         """last.pt, and with `best` also best.pt, if this is the lowest avg_loss at a save so far. Only saves that the
@@ -2311,6 +2337,8 @@ class Loop:
         self.saved_step, self.saved_at, t.seconds = t.step, time.monotonic(), self.seconds()
         t.best_saved = t.avg_loss() if better else self.writer.best
         state = t.state_dict()
+        if self.board:
+            self.board.call("flush")  # as rows do, figures reach the disk before the checkpoint
         if self.main:
             self.writer.save(state, t.best_saved if better else None)
 
@@ -2328,10 +2356,10 @@ class Loop:
             self.texts = t.sample(self.poll)
             self.writer.append(self.run_dir.write_samples, t.step, self.texts)
             self.sampled_step = t.step
-            for i, (prompt, text) in enumerate(self.texts):
+            for prompt, text in self.texts:
                 show(f"--- sample at step {t.step} ---\n{prompt}{text}\n")
-                if self.board:  # Markdown: four blanks keep the lines as they are
-                    self.board.add_text(f"sample {i}", textwrap.indent(prompt + text, "    ", lambda _: True), t.step)
+            if self.board:
+                self.board.add_samples(self.texts, t.step)
 
     def tell_what_is_learned(self) -> None:
         """By heart, or not: recall, and how much of each sample is the text's own words."""
@@ -2615,6 +2643,11 @@ def config_from_flags(argv: Sequence[str]) -> TrainConfig:
     return config
 
 
+def out_of_memory(e: Exception) -> bool:
+    words = ("can't allocate memory", "out of memory")  # of a CPU's allocator, in a plain RuntimeError
+    return isinstance(e, torch.OutOfMemoryError | MemoryError) or any(word in str(e) for word in words)
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs the command line and returns the exit code; faults are one sentence each, on stderr."""
     argv = sys.argv[1:] if argv is None else list(argv)
@@ -2626,8 +2659,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except RunError as e:
         print(f"train.py: {e}", file=sys.stderr)
     except (RuntimeError, MemoryError) as e:
-        words = ("can't allocate memory", "out of memory")
-        if not isinstance(e, torch.OutOfMemoryError | MemoryError) and not any(word in str(e) for word in words):
+        if not out_of_memory(e):
             raise
         print(
             "train.py: the memory is full: lower --batch_size or --seq_len, or add --grad_checkpoint", file=sys.stderr

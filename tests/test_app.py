@@ -10,8 +10,10 @@ import socket
 import subprocess
 import sys
 import time
+import urllib.error
 import urllib.request
 
+import gradio_client
 import pytest
 from conftest import ROOT, TINY
 
@@ -54,6 +56,9 @@ def test_text_grows_in_as_many_boxes_as_samples(page):
     texts = [box["value"] for box in boxes[:3]]
     assert all(text.startswith("TILDA:") and len(text) > 8 for text in texts) and len(set(texts)) == 3
     assert "5 of 5 tokens" in last[-1]
+    slow = updates(page, max_new_tokens=400)
+    lengths = [len(update[0]["value"]) for update in slow]
+    assert len(slow) > 2 and lengths == sorted(set(lengths))  # it streams
     assert texts[0] == updates(page)[-1][0]["value"] != updates(page, seed=2)[-1][0]["value"]
     assert updates(page, prompt="")[-1][0]["value"]  # an empty prompt starts from a line break
     assert f"its last {page.writer.context} tokens are read" in updates(page, prompt="word " * 99)[-1][-1]
@@ -68,6 +73,9 @@ def test_text_grows_in_as_many_boxes_as_samples(page):
         ("max_new_tokens", 10**30, "is out of bounds"),
         ("max_new_tokens", "5", "isn't a whole number"),
         ("num_samples", 5, "5 is too much: at most 4"),
+        ("num_samples", 0, "this is empty: enter a number up to 4"),
+        ("temperature", None, "this is empty"),
+        ("temperature", 5.5, "5.5 is too much: at most 5.0"),
         ("num_samples", 1.5, "1.5 isn't a whole number"),
         ("temperature", float("nan"), "nan is out of bounds"),
         ("top_k", -1, "-1 is out of bounds"),
@@ -89,13 +97,18 @@ def test_without_a_checkpoint_the_page_says_what_to_do(tmp_path):
     assert "doesn't exist" in page.status() and "python train.py --preset demo" in page.status()
     (only,) = updates(page)
     assert only[-1] == page.status()
-    assert "aren't there" in page.training()[0]
+    assert "aren't beside the checkpoint" in page.training()[0]
     app.build(page)
 
 
-def test_the_run_beside_the_checkpoint_is_shown(page):
-    summary, curve = page.training()
-    assert "Ended: **steps done** at step 45" in summary and curve.startswith("<svg")
+def test_the_records_of_another_run_are_not_shown(checkpoint, tmp_path):
+    """Above a checkpoint that stands elsewhere there may be anybody's logs."""
+    elsewhere = tmp_path / "project" / "best.pt"
+    elsewhere.parent.mkdir()
+    shutil.copyfile(checkpoint, elsewhere)
+    shutil.copytree(checkpoint.parent.parent / "logs", tmp_path / "logs")
+    shutil.copyfile(checkpoint.parent.parent / "run.json", tmp_path / "run.json")
+    assert "aren't beside the checkpoint" in app.Page(str(elsewhere), "cpu", "off").training()[0]
 
 
 # ---- in a browser ----
@@ -122,10 +135,15 @@ def served(*flags):
 
 
 @pytest.mark.skipif(not (CHROMIUM or os.environ.get("CI")), reason="needs chromium: apt-get install chromium")
-def test_the_page_in_a_real_browser(checkpoint, tmp_path):
+def test_the_page_in_a_real_browser(tmp_path):
     from playwright.sync_api import expect, sync_playwright
 
-    with served("--checkpoint", str(checkpoint)) as url, sync_playwright() as playwright:
+    shape = {"n_embd": 256, "n_layer": 6, "steps": 45}  # large enough that a thousand tokens take seconds
+    train.train(train.TrainConfig(**{**TINY, "out_dir": str(tmp_path / "out"), "num_prompts": 0, **shape}))
+    with (
+        served("--checkpoint", str(tmp_path / "out" / "checkpoints" / "best.pt")) as url,
+        sync_playwright() as playwright,
+    ):
         browser = playwright.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
         tab = browser.new_page(viewport={"width": 1200, "height": 1000})
         faults, foreign = [], []
@@ -139,9 +157,13 @@ def test_the_page_in_a_real_browser(checkpoint, tmp_path):
         expect(tab.locator("#status")).to_contain_text("step 4")
         tab.fill("#prompt textarea", "AMBROSE:\n")
         tab.fill("#max_new_tokens input[type=number]", "30")
-        tab.locator("#num_samples input[type=range]").press("ArrowRight")  # 2 -> 3
+        tab.locator("#num_samples input[type=range]").press("ArrowRight")
+        tab.click("#generate")
+        expect(tab.locator(".sample textarea:visible")).to_have_count(3, timeout=30_000)
+        expect(tab.locator("#line")).to_contain_text("30 of 30 tokens", timeout=30_000)
         tab.locator("#num_samples input[type=range]").press("ArrowLeft")
         tab.click("#generate")
+        expect(tab.locator(".sample textarea:visible")).to_have_count(2, timeout=30_000)
         expect(tab.locator("#line")).to_contain_text("30 of 30 tokens", timeout=30_000)
         texts = [box.input_value() for box in tab.locator(".sample textarea:visible").all()]
         assert len(texts) == 2 and all(text.startswith("AMBROSE:\n") and len(text) > 20 for text in texts)
@@ -150,9 +172,33 @@ def test_the_page_in_a_real_browser(checkpoint, tmp_path):
         expect(tab.locator("#max_new_tokens")).to_contain_text("this is empty: enter a number up to 1,000")
         expect(tab.locator("#line")).to_contain_text("Please put right what is marked.")
         tab.fill("#max_new_tokens input[type=number]", "4")
+        tab.fill("#temperature input", "")
+        tab.click("#generate")
+        expect(tab.locator("#temperature")).to_contain_text("this is empty")
+        expect(tab.locator("#max_new_tokens")).not_to_contain_text("empty")
+        tab.fill("#temperature input", "0.5")
         tab.click("#generate")
         expect(tab.locator("#line")).to_contain_text("4 of 4 tokens")
-        expect(tab.locator("#max_new_tokens")).not_to_contain_text("empty")
+        second = browser.new_page()  # another user, who waits while the first one's text is written
+        second.goto(url)
+        tab.fill("#max_new_tokens input[type=number]", "1000")
+        second.fill("#max_new_tokens input[type=number]", "3")
+        tab.click("#generate")
+        expect(tab.locator("#line")).to_contain_text("of 1,000 tokens")
+        second.click("#generate")
+        time.sleep(0.5)
+        assert "of 3 tokens" not in second.inner_text("#line")
+        tab.click("#stop")
+        expect(second.locator("#line")).to_contain_text("3 of 3 tokens", timeout=30_000)
+        assert "1,000 of 1,000" not in tab.inner_text("#line")
+        client = gradio_client.Client(url, verbose=False)
+        for _ in range(2):  # a program that uses the page's own door is told the same, also the second time
+            assert "Please put right" in client.predict("A", 5000, 2, 0.9, 50, 1, api_name="/write")[-1]
+        past_the_queue = urllib.request.Request(
+            f"{url}/gradio_api/run/write", b'{"data": []}', {"Content-Type": "application/json"}
+        )
+        with pytest.raises(urllib.error.HTTPError, match="404"):
+            urllib.request.urlopen(past_the_queue)
         tab.get_by_text("KING HENRY").click()
         expect(tab.locator("#prompt textarea")).to_have_value("KING HENRY")
         tab.get_by_role("tab", name="Training").click()
@@ -196,5 +242,6 @@ def test_a_port_that_is_taken_is_one_sentence(checkpoint, capsys):
         flags = ["--checkpoint", str(checkpoint), "--device", "cpu", "--port", str(s.getsockname()[1])]
         assert app.main(flags) == 1
     assert capsys.readouterr().err.rstrip().endswith("choose another --host or --port")
+    assert app.main(["--port", "99999"]) == 2
     if not train.device_present("cuda"):
         assert app.main(["--device", "cuda"]) == 2

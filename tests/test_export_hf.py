@@ -82,6 +82,41 @@ def test_the_card_has_the_results_of_the_run(run_dir, folder):
     assert record["corpus"]["sha256"] in card.content
 
 
+@pytest.mark.parametrize(
+    ("settings", "expected"),
+    [
+        ({"temperature": 0.0, "top_k": 50}, {"do_sample": False}),
+        ({"temperature": 0.7, "top_k": 0}, {"do_sample": True, "temperature": 0.7, "top_k": 0}),
+    ],
+)
+def test_generation_is_as_the_run_sampled(run_dir, tmp_path, settings, expected):
+    content = train.load_checkpoint(run_dir / "checkpoints" / "best.pt")
+    torch.save(content | {"config": content["config"] | settings}, tmp_path / "weights.pt")
+    assert export_hf.main(["--checkpoint", str(tmp_path / "weights.pt"), "--out_dir", str(tmp_path / "hf")]) == 0
+    found = json.loads((tmp_path / "hf" / "generation_config.json").read_text())
+    assert expected.items() <= found.items() and (found["do_sample"] or "top_k" not in found)
+
+
+def test_checkpoints_that_lack_something_are_one_sentence(run_dir, tmp_path, capsys):
+    content = train.load_checkpoint(run_dir / "checkpoints" / "best.pt")
+    for part, value in (("model_config", None), ("tokenizer", {}), ("model", {})):
+        torch.save(content | {part: value}, tmp_path / "odd.pt")
+        assert export_hf.main(["--checkpoint", str(tmp_path / "odd.pt"), "--out_dir", str(tmp_path / "hf")]) == 1
+        err = capsys.readouterr().err
+        assert "lacks what a model needs" in err and err.count("\n") == 1
+
+
+def test_a_full_disk_leaves_no_half_file(run_dir, tmp_path, monkeypatch, capsys):
+    def full(tensors, path, metadata):
+        path.write_bytes(b"half")
+        raise export_hf.safetensors.SafetensorError("No space left on device")
+
+    monkeypatch.setattr(export_hf.safetensors.torch, "save_file", full)
+    flags = ["--checkpoint", str(run_dir / "checkpoints" / "best.pt"), "--out_dir", str(tmp_path / "hf")]
+    assert export_hf.main(flags) == 1
+    assert "No space left" in capsys.readouterr().err and not list((tmp_path / "hf").iterdir())
+
+
 def test_a_folder_is_not_overwritten_by_accident(run_dir, folder, tmp_path, capsys):
     flags = ["--checkpoint", str(run_dir / "checkpoints" / "best.pt"), "--out_dir", str(folder)]
     before = (folder / "config.json").read_bytes()
@@ -128,6 +163,12 @@ def test_a_gpt2_folder_is_trained_further(tmp_path, form):
     assert [int(row["step"]) for row in rows] == list(range(1, 13))
     assert float(rows[0]["loss"]) == pytest.approx(loss.item(), abs=1e-4)  # the first batch, seen by those weights
     assert export_hf.main(["--import", str(source), "--out_dir", str(out), *flags]) == 2  # it holds a run now
+    hf = tmp_path / "hf"
+    assert export_hf.main(["--checkpoint", str(last), "--out_dir", str(hf)]) == 0
+    card = (hf / "README.md").read_text()
+    assert "trained further" in card and "from the weights in `gpt2`" in card and "from-scratch" not in card
+    assert export_hf.main(["--import", str(source), "--out_dir", str(out), "--overwrite", *flags]) == 0
+    assert sorted(p.name for p in out.rglob("*") if p.is_file()) == ["last.pt", "lock"]  # nothing of the run before
 
 
 def test_what_is_no_gpt2_is_one_sentence(run_dir, folder, tmp_path, capsys):
@@ -158,5 +199,11 @@ def test_what_is_no_gpt2_is_one_sentence(run_dir, folder, tmp_path, capsys):
     (odd / "config.json").write_text(json.dumps(config | {"n_layer": 3}))
     (odd / "model.safetensors").write_bytes((folder / "model.safetensors").read_bytes())
     assert "don't fit its config.json" in said("--import", odd, *steps)[1]
+    for change in ({"n_embd": 32}, {"n_embd": None}, {"tie_word_embeddings": False}):
+        (odd / "config.json").write_text(json.dumps(config | change))
+        assert said("--import", odd, *steps)[0] in (1, 2)
+    (odd / "config.json").write_text(json.dumps(config))
+    (odd / "vocab.json").write_text(json.dumps({"hola": 0}))
+    assert "has a vocabulary of its own" in said("--import", odd, *steps)[1]
     code, err = said("--import", folder, *steps, "--n_layer", 5)
     assert code == 2 and "n_layer 5 isn't the model's 2" in err

@@ -346,6 +346,32 @@ def test_tensorboard_goes_on_after_a_resume_and_is_cleared_by_overwrite(tiny, tm
     assert sorted(events(tmp_path / "out")[0]["loss"]) == [1, 2]
 
 
+def test_a_fault_of_tensorboard_ends_no_run(tiny, tmp_path, monkeypatch):
+    from torch.utils import tensorboard
+
+    def full(*_):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(tensorboard.SummaryWriter, "add_scalar", full)
+    record = train.train(tiny(tensorboard=True, steps=5))
+    assert record["ended"] == "steps done"
+    log = (tmp_path / "out" / "logs" / "train.log").read_text()
+    assert log.count("TensorBoard's files can't be written") == 1
+
+
+def test_figures_reach_the_disk_before_the_checkpoint(tiny, tmp_path, monkeypatch):
+    """So that a killed run, which goes on from there, has no gap."""
+    seen = []
+    real = train.CheckpointWriter.save
+    monkeypatch.setattr(
+        train.CheckpointWriter,
+        "save",
+        lambda self, *args: (seen.append(sorted(events(tmp_path / "out")[0]["loss"])), real(self, *args)),
+    )
+    train.train(tiny(tensorboard=True, steps=6, save_every=3))
+    assert seen == [[1, 2, 3], [1, 2, 3, 4, 5, 6]]
+
+
 def test_without_tensorboard_it_is_one_sentence(tiny, monkeypatch):
     monkeypatch.setattr(train.importlib.util, "find_spec", lambda name: None)
     with pytest.raises(train.UsageError, match="tensorboard isn't installed: pip install tensorboard, or leave"):

@@ -14,6 +14,7 @@ import time
 import pytest
 import torch
 from conftest import ROOT, TINY
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import sample
 import train
@@ -106,10 +107,39 @@ def test_a_prompt_longer_than_the_context_is_cropped_and_it_says_so(checkpoint, 
 
 
 def test_text_goes_on_beyond_the_context(writer):
+    """With a window that slides by half: when 64 tokens are full, the newer 32 begin the next."""
+    window, expected = writer.encode("Come")[0], []
+    for _ in range(150):
+        if len(window) > 64:
+            window = window[-32:]
+        with torch.no_grad():
+            expected.append(writer.model(torch.tensor([window]))[0][0, -1].argmax().item())
+        window = [*window, expected[-1]]
     (text,) = written(writer, prompt="Come", max_new_tokens=150, temperature=0.0)
-    assert len(writer.tokenizer.encode("Come" + text)) > 100
-    window = writer.encode("Come" + text)[0]
-    assert len(window) == 64
+    assert text == writer.tokenizer.decode(expected).rstrip("\ufffd")
+
+
+def test_half_precision_is_that_of_autocast_with_each_matrix_cast_once(checkpoint):
+    writer = sample.Writer(checkpoint, "cpu", "bf16")
+    request, ids = sample.Request(prompt="Come in", temperature=0.0, max_new_tokens=30), None
+    content, casts = train.load_checkpoint(checkpoint), []
+    plain = train.GPT(train.GPTConfig(**content["model_config"])).eval()
+    plain.load_state_dict(content["model"])
+    ids = torch.tensor([writer.encode(request.prompt)[0]])
+    with torch.autocast("cpu", torch.bfloat16):
+        expected = plain.generate(ids, 30, temperature=0)[0, ids.size(1) :].tolist()
+    assert written(writer, **vars(request))[0] == writer.tokenizer.decode(expected).rstrip("\ufffd")
+
+    class Casts(TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            if "_to_copy" in str(func) and args[0].dim() == 2 and args[0].numel() >= 16 * 16:
+                casts.append(args[0].shape)
+            return func(*args, **(kwargs or {}))
+
+    with Casts():
+        written(writer, **vars(request))
+    weights = {p.shape for p in plain.parameters() if p.dim() == 2}
+    assert not weights & set(casts)
 
 
 def test_an_empty_prompt_is_a_line_break(checkpoint, capsys, writer):
@@ -126,9 +156,13 @@ def test_prompts_from_stdin_and_files(checkpoint, capsys, monkeypatch, tmp_path)
     out = call(capsys, checkpoint, "--prompt", f"@{file}", "--max_new_tokens", 1)[1]
     assert out.startswith(r"A \n stays as it is")
     assert call(capsys, checkpoint, "--prompt", r"\@home", "--max_new_tokens", 1)[1].startswith("@home")
+    file.write_bytes(b"\xef\xbb\xbfTILDA:\r\nCome")
+    assert sample.read_prompt(f"@{file}") == "TILDA:\nCome"  # line breaks as in training
     file.write_bytes(b"\xff\xff\xff")
     code, _, err = call(capsys, checkpoint, "--prompt", f"@{file}")
-    assert code == 2 and err == f"sample.py: prompt: {file} isn't UTF-8 text: convert it\n"
+    assert code == 2 and str(file) in err and err.count("\n") == 1
+    monkeypatch.setattr(sys, "stdin", None)
+    assert "there is no stdin" in call(capsys, checkpoint, "--prompt", "-")[2]
     code, _, err = call(capsys, checkpoint, "--prompt", "@nowhere.txt", "--top_k", -1)
     assert code == 2 and "prompt: nowhere.txt can't be read" in err and "top_k -1 is out of bounds" in err
 
@@ -170,6 +204,11 @@ def test_a_real_ctrl_c_and_a_reader_that_leaves(checkpoint):
         process.send_signal(signal.SIGINT)
         out, err = process.communicate(timeout=60)
     assert process.returncode == 130 and out.endswith("\n") and "interrupted" in err and "Traceback" not in err
+    with subprocess.Popen([*command, "--prompt", "-"], stdin=subprocess.PIPE, **pipes) as process:
+        time.sleep(4)  # it waits for a prompt
+        process.send_signal(signal.SIGINT)
+        err = process.stderr.read()
+    assert process.returncode == 130 and err == "sample.py: interrupted before the first token\n"
     with subprocess.Popen(endless, **pipes) as process:
         process.stdout.read(20)
         process.stdout.close()
@@ -177,6 +216,15 @@ def test_a_real_ctrl_c_and_a_reader_that_leaves(checkpoint):
         err = process.stderr.read()
         assert process.wait(timeout=60) == 0 and "Traceback" not in err and "Exception" not in err
         assert time.monotonic() - start < 30
+
+
+def test_a_full_memory_is_one_sentence(checkpoint, capsys, monkeypatch):
+    def full(*_):
+        raise RuntimeError("[enforce fail at alloc_cpu.cpp:118] DefaultCPUAllocator: can't allocate memory")
+
+    monkeypatch.setattr(sample.Writer, "write", full)
+    code, _, err = call(capsys, checkpoint)
+    assert code == 1 and err == "sample.py: the memory is full: lower --num_samples or --max_new_tokens\n"
 
 
 def test_problems_are_sentences(checkpoint, capsys):
