@@ -126,6 +126,7 @@ class TrainConfig:
     target_loss: float = flag(0.1, "stop once avg_loss, then final_loss, is under this (0: never)", least=0)
     optimizer: str = flag("adamw", "muon: for the blocks' matrices, AdamW for the rest", choices=("adamw", "muon"))
     lr: float = flag(3e-4, "peak learning rate", above=0)
+    embed_lr_ratio: float = flag(1.0, "learning rate of the embeddings, as a multiple of lr", above=0)
     warmup_steps: int | None = flag(None, "steps to the peak (default: a tenth of steps, at most 300)", least=0)
     weight_decay: float = flag(0.1, "decay of matrices; biases and LayerNorms have none", least=0)
     beta1: float = flag(0.9, "AdamW's memory of the gradient, and Muon's", least=0, below=1)
@@ -247,7 +248,10 @@ PRESETS: dict[str, dict] = {
 
 # The published runs of presets: SHA-256 of the text, and tokens of training until the target was met.
 PUBLISHED = {"demo": ("1146f70aef9838574e107e4aee1fe90a1288fa20fdfca8f51790384e63939e86", 50_432)}
-RECIPE = "optimizer seq_len lr steps warmup_steps weight_decay beta1 beta2 clip_grad target_loss randomize_batches"
+RECIPE = (
+    "optimizer seq_len lr embed_lr_ratio steps warmup_steps weight_decay beta1 beta2 clip_grad target_loss"
+    " randomize_batches"
+)
 
 
 def published_tokens(config: TrainConfig, corpus: Corpus, tokens_per_step: int) -> int:
@@ -1074,24 +1078,28 @@ class MuonAdamW(torch.optim.Optimizer):
 
 def build_optimizer(model: GPT, config: TrainConfig) -> torch.optim.Optimizer:
     """AdamW (Loshchilov & Hutter 2019) with decay on matrices only; fused into one kernel where the device has it.
-    With `--optimizer muon` the blocks' matrices are left to Muon, whose updates are scaled to the size of AdamW's
-    (Liu et al. 2025, section 2.2), so that one learning rate does for both."""
-    params = list(model.parameters())
-    matrices = [p for p in model.transformer.h.parameters() if p.dim() >= 2] if config.optimizer == "muon" else []
-    by_muon = set(matrices)
+    A group's `ratio` is its learning rate as a multiple of the run's. With `--optimizer muon` the blocks' matrices are
+    left to Muon, whose updates are scaled to the size of AdamW's (Liu et al. 2025, section 2.2), so that one learning
+    rate does for both."""
+    matrices = [p for p in model.transformer.h.parameters() if p.dim() >= 2]
+    tables = [model.transformer.wte.weight, model.transformer.wpe.weight]
+    vectors = [p for p in model.parameters() if p.dim() < 2]
+    muon = config.optimizer == "muon"
     groups = [
-        {"params": [p for p in params if p.dim() >= 2 and p not in by_muon], "weight_decay": config.weight_decay},
-        {"params": [p for p in params if p.dim() < 2], "weight_decay": 0.0},
+        {"params": [] if muon else matrices, "weight_decay": config.weight_decay, "ratio": 1.0},
+        {"params": tables, "weight_decay": config.weight_decay, "ratio": config.embed_lr_ratio},
+        {"params": vectors, "weight_decay": 0.0, "ratio": 1.0},
     ]
+    groups = [group for group in groups if group["params"]]
     options = {"lr": config.lr, "betas": (config.beta1, config.beta2)}
     try:
         adamw = torch.optim.AdamW(groups, fused=True, **options)
     except RuntimeError:  # this device has no fused kernel
         adamw = torch.optim.AdamW(groups, **options)
-    if not matrices:
+    if not muon:
         return adamw
     scale = {"lr": config.lr, "weight_decay": config.weight_decay, "adjust_lr_fn": "match_rms_adamw"}
-    return MuonAdamW(torch.optim.Muon(matrices, momentum=config.beta1, **scale), adamw)
+    return MuonAdamW(torch.optim.Muon([{"params": matrices, "ratio": 1.0}], momentum=config.beta1, **scale), adamw)
 
 
 def build_scheduler(optimizer: torch.optim.Optimizer, config: TrainConfig, step: int = 0):
@@ -1099,14 +1107,15 @@ def build_scheduler(optimizer: torch.optim.Optimizer, config: TrainConfig, step:
 
     It is built anew for each start and never loaded: the rate of step k is a function of the configuration and k alone.
     A loaded state would bring back the old horizon and the old peak."""
-    low = config.lr / 25
-    for group in optimizer.param_groups:  # OneCycleLR reads these when it doesn't start at 0
-        group.update(initial_lr=low, max_lr=config.lr, min_lr=low / 1e4)
+    peaks = [config.lr * group["ratio"] for group in optimizer.param_groups]
+    for group, peak in zip(optimizer.param_groups, peaks, strict=True):
+        # OneCycleLR reads these when it doesn't start at 0
+        group.update(initial_lr=peak / 25, max_lr=peak, min_lr=peak / 25 / 1e4)
     # The peak is the warmup_steps-th step. One step of warm-up would divide by zero inside, and means the same as none.
     warmup = config.warmup_steps if config.warmup_steps > 1 else 0
     return torch.optim.lr_scheduler.OneCycleLR(
         optimizer,
-        max_lr=config.lr,
+        max_lr=peaks,
         total_steps=max(2, config.steps),
         pct_start=warmup / max(2, config.steps),
         div_factor=25,

@@ -42,7 +42,24 @@ def test_first_peak_and_last_rate(tiny):
 def test_a_long_run_does_not_warm_up_for_a_third_of_it(tiny):
     config = tiny(steps=200_000).resolved(1, 1)
     scheduler = train.build_scheduler(optimizer_of(config), config, 299)
-    assert scheduler.get_last_lr() == [pytest.approx(config.lr)] * 2
+    assert scheduler.get_last_lr() == [pytest.approx(config.lr)] * 3
+
+
+@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
+def test_the_embeddings_rate_is_a_multiple_at_each_step_and_after_a_resume(tiny, optimizer):
+    config = tiny(steps=20, warmup_steps=4, embed_lr_ratio=3.0, optimizer=optimizer).resolved(1, 1)
+    whole = curve(config)
+    for start in (0, 7):
+        built = optimizer_of(config)
+        scheduler = train.build_scheduler(built, config, start)
+        for rate in whole[start:]:
+            others, tables = [], []
+            for group in built.param_groups:
+                (tables if any(p.shape == (11, 4) for p in group["params"]) else others).append(group["lr"])
+            assert others == [pytest.approx(rate)] * 2 and tables == [pytest.approx(3 * rate)]
+            built.step()
+            if rate != whole[-1]:
+                scheduler.step()
 
 
 @pytest.mark.parametrize("steps", [1, 2, 3, 10])
@@ -84,7 +101,7 @@ def test_the_schedule_leaves_the_betas_alone(tiny):
 
 def test_only_matrices_decay(tiny):
     groups = optimizer_of(tiny(weight_decay=0.3)).param_groups
-    for group, decay in zip(groups, (0.3, 0.0), strict=True):
+    for group, decay in zip(groups, (0.3, 0.3, 0.0), strict=True):
         assert group["weight_decay"] == decay
         assert all((p.dim() >= 2) == (decay > 0) for p in group["params"])
     assert sum(len(g["params"]) for g in groups) == 2 + 12 + 2  # all of them, the tied head once

@@ -593,6 +593,7 @@ def test_a_state_holds_what_the_next_step_depends_on(tiny, make_trainer):
     # The flags of this start win over those of the saved one.
     assert [(g["betas"], g["weight_decay"]) for g in two.optimizer.param_groups] == [
         ((0.5, 0.95), 0.3),
+        ((0.5, 0.95), 0.3),
         ((0.5, 0.95), 0),
     ]
 
