@@ -1,8 +1,8 @@
 """Write a run's results into the README, between <!--AUTO:NAME:START--> and <!--AUTO:NAME:END-->.
 
     python update_readme.py                             # from out/, into README.md and assets/
-    python update_readme.py --run_dir out/demo --check  # is the README up to date? 0 yes, 5 no; writes nothing
-    python update_readme.py --run_dir out/demo --diff   # what would change; writes nothing
+    python update_readme.py --run_dir out/shakespeare --check  # is the README up to date? 0 yes, 5 no; writes nothing
+    python update_readme.py --run_dir out/shakespeare --diff   # what would change; writes nothing
 
 Blocks: SUMMARY, CURVE, METRICS, SAMPLES, LOGS and REPRODUCE come from the run directory, COMPARE also from
 benchmarks/earlier_runs.json and the published runs that it names, FLAGS from the source of train.py. A block that the
@@ -562,6 +562,8 @@ def compared(run: Run) -> list[str]:
     judged += [f"{row['avg_loss']:.4f}, avg_loss of a full pass" for row in run.with_figure("avg_loss")[-1:]]
     if "ended" in run.record and not ended:
         judged.append("not ended yet")
+    elif ended and final is None:
+        judged.append(f"not proven, since the run ended before: {plain(ended)}")
     elif run.target_loss() and final is not None and final >= run.target_loss():
         judged.append("the target wasn't reached")
     figures = (tokens / steps if tokens and steps else None, steps, tokens)

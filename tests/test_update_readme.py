@@ -1033,7 +1033,7 @@ def test_it_imports_neither_torch_nor_train_py(run_dir, tmp_path):
 
 def test_the_readme_of_this_project_is_current(monkeypatch):
     monkeypatch.chdir(ROOT)
-    assert update_readme.main(["--run_dir", "out/demo", "--check"]) == 0
+    assert update_readme.main(["--run_dir", "out/shakespeare", "--check"]) == 0
 
 
 def test_the_readme_of_this_project_is_sound_markdown():
