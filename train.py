@@ -1,9 +1,9 @@
 """Train GPT-2 124M from scratch on one text file, until its loss on that text is proven under a target.
 
     python train.py --preset demo                                    # the bundled play: no GPU, no network, minutes
-    python train.py --input_file data/input.txt --steps 20000        # tiny Shakespeare, fetched on first use
+    python train.py --input_file data/input.txt                      # tiny Shakespeare, fetched on first use
     python train.py --resume out/checkpoints/last.pt                 # go on exactly where a run stopped
-    torchrun --nproc_per_node=4 train.py --steps 20000               # the same on four GPUs, one process each
+    torchrun --nproc_per_node=4 train.py --batch_size 1              # the same on four GPUs, one process each
 
 Everything is in this file, in the order in which it happens: configuration, tokenizer, data, model, device and
 precision, optimizer and schedule, run directory, training loop, command line. A run writes its run directory and, to
@@ -101,7 +101,9 @@ def flag(default, help: str, group: str = "", **rules):
 class TrainConfig:
     """Every setting of a run. The command line is derived from it: field `lr` is flag `--lr`."""
 
-    preset: str = flag("", "a named set of defaults; flags given beside it win", "Run", choices=("", "demo", "muon"))
+    preset: str = flag(
+        "", "a named set of defaults; flags given beside it win", "Run", choices=("", "shakespeare", "muon", "demo")
+    )
     out_dir: str = flag("out", "run directory")
     resume: str = flag("", "go on from this last.pt; auto: from the run directory's, where there is one")
     overwrite: bool = flag(False, "delete the run that out_dir holds and start anew")
@@ -118,18 +120,18 @@ class TrainConfig:
     n_embd: int = flag(768, "width of the residual stream", least=1)
     dropout: float = flag(0.0, "probability of dropping an activation in training", least=0, below=1)
 
-    batch_size: int = flag(8, "B: windows in a micro-batch (lower it when memory runs out)", "Training", least=1)
+    batch_size: int = flag(4, "B: windows in a micro-batch (lower it when memory runs out)", "Training", least=1)
     seq_len: int = flag(256, "T: tokens in a window, at most block_size", least=1)
     grad_accum: int = flag(1, "micro-batches whose gradients are averaged into one step", least=1)
-    steps: int | None = flag(None, "optimizer steps; the learning rate's curve ends with them", least=1)
+    steps: int | None = flag(5000, "optimizer steps; the learning rate's curve ends with them", least=1)
     epochs: float | None = flag(None, "passes over the corpus, in place of steps", above=0, below=10**6)
     target_loss: float = flag(0.1, "stop once avg_loss, then final_loss, is under this (0: never)", least=0)
     optimizer: str = flag("adamw", "muon: for the blocks' matrices, AdamW for the rest", choices=("adamw", "muon"))
-    lr: float = flag(3e-4, "peak learning rate", above=0)
-    embed_lr_ratio: float = flag(1.0, "learning rate of the embeddings, as a multiple of lr", above=0)
+    lr: float = flag(5e-5, "peak learning rate", above=0)
+    embed_lr: float = flag(4e-3, "peak learning rate of the embeddings (0: as lr)", least=0)
     warmup_steps: int | None = flag(None, "steps to the peak (default: a tenth of steps, at most 300)", least=0)
-    weight_decay: float = flag(0.1, "decay of matrices; biases and LayerNorms have none", least=0)
-    beta1: float = flag(0.9, "AdamW's memory of the gradient, and Muon's", least=0, below=1)
+    weight_decay: float = flag(0.0, "decay of matrices; biases and LayerNorms have none", least=0)
+    beta1: float = flag(0.5, "AdamW's memory of the gradient, and Muon's", least=0, below=1)
     beta2: float = flag(0.95, "AdamW's memory of its square", least=0, below=1)
     clip_grad: float = flag(1.0, "gradient norm to scale down to (0: no clipping)", least=0)
 
@@ -220,8 +222,20 @@ def late_warmup(c: TrainConfig) -> str:
 FIELDS = {f.name: f for f in dataclasses.fields(TrainConfig)}
 MODEL_FLAGS = ("block_size", "n_layer", "n_head", "n_embd", "dropout")
 
-# Found by measuring on two CPU cores: benchmarks/README.md has the runs.
+# Found by measuring on two CPU cores: benchmarks/README.md has the runs. The defaults are those for data/input.txt.
 PRESETS: dict[str, dict] = {
+    "shakespeare": {},
+    "muon": {
+        "optimizer": "muon",
+        "batch_size": 16,
+        "seq_len": 256,
+        "steps": 1300,
+        "lr": 2.5e-3,
+        "embed_lr": 2.5e-3,
+        "beta1": 0.9,
+        "warmup_steps": 60,
+        "save_every": 50,
+    },
     "demo": {
         "input_file": "data/sample.txt",
         "out_dir": "out_demo",
@@ -229,19 +243,10 @@ PRESETS: dict[str, dict] = {
         "seq_len": 256,
         "steps": 300,
         "lr": 2e-4,
-        "weight_decay": 0.0,
+        "embed_lr": 2e-4,
+        "beta1": 0.9,
         "save_every": 100,
         "prompt": "AMBROSE:\nCome in, and shut the door",
-    },
-    "muon": {
-        "optimizer": "muon",
-        "batch_size": 16,
-        "seq_len": 256,
-        "steps": 1300,
-        "lr": 2.5e-3,
-        "warmup_steps": 60,
-        "weight_decay": 0.0,
-        "save_every": 50,
     },
 }
 
@@ -249,8 +254,7 @@ PRESETS: dict[str, dict] = {
 # The published runs of presets: SHA-256 of the text, and tokens of training until the target was met.
 PUBLISHED = {"demo": ("1146f70aef9838574e107e4aee1fe90a1288fa20fdfca8f51790384e63939e86", 50_432)}
 RECIPE = (
-    "optimizer seq_len lr embed_lr_ratio steps warmup_steps weight_decay beta1 beta2 clip_grad target_loss"
-    " randomize_batches"
+    "optimizer seq_len lr embed_lr steps warmup_steps weight_decay beta1 beta2 clip_grad target_loss randomize_batches"
 )
 
 
@@ -267,7 +271,7 @@ def published_tokens(config: TrainConfig, corpus: Corpus, tokens_per_step: int) 
 def check_value(f: dataclasses.Field, value) -> Iterator[str]:
     """Yields what is wrong with one setting by itself."""
     rules, kind = f.metadata, f.type.split()[0]
-    if value is None and f.default is None:
+    if value is None and f.type.endswith("| None"):
         return
     if not isinstance(value, {"int": int, "float": (int, float), "bool": bool, "str": str}[kind]):
         yield f"{f.name} {value!r} isn't of type {kind}: the default is {f.default!r}"
@@ -1078,7 +1082,7 @@ class MuonAdamW(torch.optim.Optimizer):
 
 def build_optimizer(model: GPT, config: TrainConfig) -> torch.optim.Optimizer:
     """AdamW (Loshchilov & Hutter 2019) with decay on matrices only; fused into one kernel where the device has it.
-    A group's `ratio` is its learning rate as a multiple of the run's. With `--optimizer muon` the blocks' matrices are
+    A group's `rate` names the setting that is its peak learning rate. With `--optimizer muon` the blocks' matrices are
     left to Muon, whose updates are scaled to the size of AdamW's (Liu et al. 2025, section 2.2), so that one learning
     rate does for both."""
     matrices = [p for p in model.transformer.h.parameters() if p.dim() >= 2]
@@ -1086,9 +1090,9 @@ def build_optimizer(model: GPT, config: TrainConfig) -> torch.optim.Optimizer:
     vectors = [p for p in model.parameters() if p.dim() < 2]
     muon = config.optimizer == "muon"
     groups = [
-        {"params": [] if muon else matrices, "weight_decay": config.weight_decay, "ratio": 1.0},
-        {"params": tables, "weight_decay": config.weight_decay, "ratio": config.embed_lr_ratio},
-        {"params": vectors, "weight_decay": 0.0, "ratio": 1.0},
+        {"params": [] if muon else matrices, "weight_decay": config.weight_decay, "rate": "lr"},
+        {"params": tables, "weight_decay": config.weight_decay, "rate": "embed_lr"},
+        {"params": vectors, "weight_decay": 0.0, "rate": "lr"},
     ]
     groups = [group for group in groups if group["params"]]
     options = {"lr": config.lr, "betas": (config.beta1, config.beta2)}
@@ -1099,7 +1103,7 @@ def build_optimizer(model: GPT, config: TrainConfig) -> torch.optim.Optimizer:
     if not muon:
         return adamw
     scale = {"lr": config.lr, "weight_decay": config.weight_decay, "adjust_lr_fn": "match_rms_adamw"}
-    return MuonAdamW(torch.optim.Muon([{"params": matrices, "ratio": 1.0}], momentum=config.beta1, **scale), adamw)
+    return MuonAdamW(torch.optim.Muon([{"params": matrices, "rate": "lr"}], momentum=config.beta1, **scale), adamw)
 
 
 def build_scheduler(optimizer: torch.optim.Optimizer, config: TrainConfig, step: int = 0):
@@ -1107,7 +1111,7 @@ def build_scheduler(optimizer: torch.optim.Optimizer, config: TrainConfig, step:
 
     It is built anew for each start and never loaded: the rate of step k is a function of the configuration and k alone.
     A loaded state would bring back the old horizon and the old peak."""
-    peaks = [config.lr * group["ratio"] for group in optimizer.param_groups]
+    peaks = [getattr(config, group["rate"]) or config.lr for group in optimizer.param_groups]
     for group, peak in zip(optimizer.param_groups, peaks, strict=True):
         # OneCycleLR reads these when it doesn't start at 0
         group.update(initial_lr=peak / 25, max_lr=peak, min_lr=peak / 25 / 1e4)
@@ -1257,6 +1261,7 @@ CSV_FIELDS += ["mfu"]
 RULE = "=" * 80
 ENDINGS = ("target reached", "steps done")  # of a run that has nothing more to do
 CHECKPOINT_FORMAT = 1  # raised when an older program couldn't read a newer file
+BEFORE_A_CHOICE = {"optimizer": "adamw", "embed_lr": 0.0}  # in checkpoints from before these were settings
 WEIGHTS = ("format", "model", "model_config", "config", "step", "loss", "tokenizer", "corpus_sha256")  # of best.pt
 
 
@@ -1581,6 +1586,7 @@ def load_checkpoint(path: str | Path, lazy: bool = False) -> dict:
         raise RunError(f"checkpoint {path} isn't of this program: name a last.pt that train.py wrote")
     if content["format"] > CHECKPOINT_FORMAT:
         raise RunError(f"checkpoint {path} is of a newer version of train.py: update this one")
+    content["config"] = BEFORE_A_CHOICE | content["config"]
     return content
 
 
@@ -1929,12 +1935,15 @@ class Trainer:
             yield text.rstrip("\ufffd")  # no half character at the end
 
     @torch.no_grad()
-    def recall(self, poll: Callable[[], None]) -> float | None:
+    def recall(self, poll: Callable[[], None], every: int = 1) -> float | None:
         """How much of the text the model knows by heart: after 32 tokens from each of recall_places places, drawn by
         seed, the share of the next 32 tokens that greedy decoding gives, each in its place (after Carlini et al. 2023,
-        section 3). None where there is no such place, or where windows were so short that positions weren't trained."""
+        section 3). None where there is no such place, or where windows were so short that positions weren't trained.
+
+        `every` seq_len-th place begins a window of training. There the model meets the text at the positions at which
+        it learned it; elsewhere it doesn't, and may not know it again."""
         known, asked = RECALL_TOKENS
-        starts = range(len(self.corpus.tokens) - known - asked + 1)
+        starts = range(0, len(self.corpus.tokens) - known - asked + 1, every)
         places = random.Random(self.config.seed).sample(starts, min(len(starts), self.config.recall_places))
         if not places or self.config.seq_len < known + asked:
             return None
@@ -2040,7 +2049,6 @@ class Trainer:
         """Raises UsageError with every setting that makes this another run than the checkpoint's."""
         saved, given = state["config"], dataclasses.asdict(self.given)
         names = (*MODEL_FLAGS, "tokenizer", "batch_size", "seq_len", "seed", "randomize_batches", "optimizer")
-        saved.setdefault("optimizer", "adamw")  # in files from before there was a choice
         problems = [
             f"{name} {given[name]} conflicts with the checkpoint's {saved[name]}: leave --{name} out, or start anew"
             " with another --out_dir"
@@ -2136,6 +2144,7 @@ class Loop:
         self.logged_step = self.sampled_step = -1
         self.final_loss: float | None = None
         self.recall: float | None = None
+        self.recall_at_windows: float | None = None
         self.texts: list[tuple[str, str]] = []  # of the latest sample
         self.samples: list[dict] | None = None  # what is said of them
         self.seconds_at_target: float | None = None
@@ -2375,10 +2384,11 @@ class Loop:
         t = self.trainer
         if not self.main:
             return
-        self.recall = t.recall(self.poll)
+        self.recall, self.recall_at_windows = t.recall(self.poll), t.recall(self.poll, every=t.config.seq_len)
         if self.recall is not None:
             given, asked = RECALL_TOKENS
             self.log.info(f"recall {self.recall:.4f} (of the next {asked} tokens, after {given} from the text)")
+            self.log.info(f"recall_at_windows {self.recall_at_windows:.4f} (the same, where windows of training begin)")
         if len(t.corpus.text) <= VERBATIM_CHARACTERS and t.config.num_prompts:
             texts = self.texts or t.sample(self.poll)  # those of this step were written before a kill
             found = [(prompt, len(text), longest_verbatim(text, t.corpus.text, self.poll)) for prompt, text in texts]
@@ -2411,6 +2421,7 @@ class Loop:
             "target_loss": t.config.target_loss,
             "final_loss": self.final_loss,
             "recall": self.recall,
+            "recall_at_windows": self.recall_at_windows,
             "samples": self.samples,
             "tokens_to_target": t.tokens() if reached else None,
             "seconds_to_target": round(self.seconds_at_target, 3) if reached else None,

@@ -456,6 +456,8 @@ def learned(run: Run) -> Iterator[str]:
             f"- recall: **{recall:.4f}** of the next 32 tokens come back exactly by greedy decoding, after 32 tokens of"
             f" the text from {where} drawn by seed"
         )
+    if (at_windows := run.number("recall_at_windows")) is not None:
+        yield f"- recall_at_windows: **{at_windows:.4f}**, the same where windows of training begin"
     samples = run.record.get("samples")
     pairs = [(finite(s.get("verbatim")), finite(s.get("characters"))) for s in samples] if dicts(samples) else []
     if pairs and all(None not in pair for pair in pairs):
@@ -605,7 +607,7 @@ def flags(source: Path) -> str:
     lines = [table(("Flag", "Default", "What it does"), rows), ""]
     for name, settings in presets:
         words = [word for key, value in settings for word in (f"--{key}", str(value).replace("\n", r"\n"))]
-        lines.append(f"`--preset {name}` stands for {code(shlex.join(words))}.")
+        lines.append(f"`--preset {name}` stands for {code(shlex.join(words)) if words else 'the defaults'}.")
     return "\n".join(lines)
 
 

@@ -449,7 +449,7 @@ def test_what_changed_since_the_checkpoint_is_said(out):
 
 
 def rate_of_step(config, step) -> float:
-    optimizer = torch.optim.AdamW([{"params": [torch.nn.Parameter(torch.zeros(1))], "ratio": 1.0}], lr=config.lr)
+    optimizer = torch.optim.AdamW([{"params": [torch.nn.Parameter(torch.zeros(1))], "rate": "lr"}], lr=config.lr)
     train.build_scheduler(optimizer, config, step - 1)
     return optimizer.param_groups[0]["lr"]
 

@@ -45,9 +45,10 @@ def test_a_long_run_does_not_warm_up_for_a_third_of_it(tiny):
     assert scheduler.get_last_lr() == [pytest.approx(config.lr)] * 3
 
 
+@pytest.mark.parametrize("embed_lr", [1e-2, 0.0])
 @pytest.mark.parametrize("optimizer", ["adamw", "muon"])
-def test_the_embeddings_rate_is_a_multiple_at_each_step_and_after_a_resume(tiny, optimizer):
-    config = tiny(steps=20, warmup_steps=4, embed_lr_ratio=3.0, optimizer=optimizer).resolved(1, 1)
+def test_the_embeddings_have_a_rate_of_their_own_at_each_step_and_after_a_resume(tiny, optimizer, embed_lr):
+    config = tiny(steps=20, warmup_steps=4, embed_lr=embed_lr, optimizer=optimizer).resolved(1, 1)
     whole = curve(config)
     for start in (0, 7):
         built = optimizer_of(config)
@@ -56,7 +57,9 @@ def test_the_embeddings_rate_is_a_multiple_at_each_step_and_after_a_resume(tiny,
             others, tables = [], []
             for group in built.param_groups:
                 (tables if any(p.shape == (11, 4) for p in group["params"]) else others).append(group["lr"])
-            assert others == [pytest.approx(rate)] * 2 and tables == [pytest.approx(3 * rate)]
+            assert others == [pytest.approx(rate)] * 2 and tables == [
+                pytest.approx(rate * (embed_lr or config.lr) / config.lr)
+            ]
             built.step()
             if rate != whole[-1]:
                 scheduler.step()

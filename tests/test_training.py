@@ -356,6 +356,7 @@ def test_recall_is_the_share_of_tokens_that_greedy_decoding_gives(tiny, make_tra
     # The first token that it doesn't know loses the thread: then all that follow are wrong.
     known = [i + 32 >= 200 for i in random.Random(1337).sample(range(len(tokens) - 63), 50)]
     assert 0.2 < recall(tokens, known=200) == sum(known) / 50 < 0.8
+    assert trainer.recall(lambda: None, every=64) == 3 / 6  # at 192, 256 and 320, not at 0, 64 and 128
     assert recall(tokens[:64]) == 1.0  # one place
     assert recall(tokens[:63]) is None  # not one with 32 tokens behind 32
 
@@ -399,6 +400,7 @@ def test_the_record_says_what_was_learned(tiny, tmp_path, monkeypatch):
     assert 0 <= record["recall"] <= 1
     log = (tmp_path / "out" / "logs" / "train.log").read_text(encoding="utf-8")
     assert f"recall {record['recall']:.4f} (of the next 32 tokens, after 32 from the text)" in log
+    assert f"recall_at_windows {record['recall_at_windows']:.4f} (the same, where windows of training begin)" in log
     assert "Longest verbatim run of each sample, in characters: 80 of 80, 40 of 42" in log
     none = train.train(tiny(out_dir=str(tmp_path / "none"), num_prompts=0, recall_places=0))
     assert none["recall"] is None and none["samples"] is None

@@ -571,14 +571,15 @@ def test_what_was_learned_stands_below_the_metrics(run_dir, tmp_path, config):
     readme = write_readme(tmp_path, "METRICS")
     assert update() == 0 and "recall" not in block(readme, "METRICS")
     samples = [{"prompt": "A", "characters": 640, "verbatim": 93}, {"prompt": "B", "characters": 7, "verbatim": 7}]
-    put_record(run_dir, recall=0.875, samples=samples, config=config)
+    put_record(run_dir, recall=0.875, recall_at_windows=0.96875, samples=samples, config=config)
     assert update() == 0
-    first, second = block(readme, "METRICS").split("\n")[-2:]
+    first, windows, second = block(readme, "METRICS").split("\n")[-3:]
+    assert windows == "- recall_at_windows: **0.9688**, the same where windows of training begin"
     assert "recall: **0.8750** of the next 32 tokens" in first and ("up to 40 places" in first) == bool(config)
     assert second.endswith("in characters: **93** of 640, **7** of 7")
     assert_sound_markdown(readme.read_text())
     for odd in ([1], "x", [{}], [{"verbatim": "a", "characters": None}], {}):
-        put_record(run_dir, samples=odd, recall="high")
+        put_record(run_dir, samples=odd, recall="high", recall_at_windows=None)
         assert update() == 0 and "recall" not in block(readme, "METRICS")
 
 
