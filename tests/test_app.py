@@ -134,6 +134,36 @@ def served(*flags):
         process.communicate(timeout=30)
 
 
+PALE = """() => {
+    const parts = colour => (colour.match(/[\\d.]+/g) || [0, 0, 0, 0]).map(Number);
+    const light = colour => {
+        const linear = c => c <= 0.03928 ? c / 12.92 : ((c + 0.055) / 1.055) ** 2.4;
+        const [r, g, b] = parts(colour).map(c => linear(c / 255));
+        return 0.2126 * r + 0.7152 * g + 0.0722 * b;
+    };
+    const paper = element => {
+        for (; element; element = element.parentElement) {
+            const colour = getComputedStyle(element).backgroundColor;
+            if ((parts(colour)[3] ?? 1) > 0.5) return colour;
+        }
+        return "rgb(255, 255, 255)";
+    };
+    const words = [...document.querySelectorAll("body *")].filter(element =>
+        [...element.childNodes].some(node => node.nodeType == 3 && node.textContent.trim())
+        && element.checkVisibility({opacityProperty: true, visibilityProperty: true}) && element.offsetWidth > 1);
+    return words.map(element => {
+        const [a, b] = [light(getComputedStyle(element).color), light(paper(element))];
+        return [(Math.max(a, b) + 0.05) / (Math.min(a, b) + 0.05), element.textContent.trim().slice(0, 40)];
+    });
+}"""  # the contrast of all words with what they stand on: WCAG 2, criterion 1.4.3
+
+
+def pale_words(tab) -> list:
+    found = tab.evaluate(PALE)
+    assert len(found) > 15
+    return [words for words in found if words[0] < 4.5]
+
+
 @pytest.mark.skipif(not (CHROMIUM or os.environ.get("CI")), reason="needs chromium: apt-get install chromium")
 def test_the_page_in_a_real_browser(tmp_path):
     from playwright.sync_api import expect, sync_playwright
@@ -155,6 +185,7 @@ def test_the_page_in_a_real_browser(tmp_path):
         )
         tab.goto(url)
         expect(tab.locator("#status")).to_contain_text("step 4")
+        assert pale_words(tab) == []
         tab.fill("#prompt textarea", "AMBROSE:\n")
         tab.fill("#max_new_tokens input[type=number]", "30")
         tab.locator("#num_samples input[type=range]").press("ArrowRight")
@@ -209,6 +240,7 @@ def test_the_page_in_a_real_browser(tmp_path):
         expect(phone.locator("#generate")).to_be_visible()
         assert phone.evaluate("document.documentElement.scrollWidth") <= 360  # nothing to scroll sideways
         assert phone.evaluate("document.body.classList.contains('dark')")
+        assert pale_words(phone) == []
         browser.close()
         assert not faults and not foreign
 
