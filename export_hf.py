@@ -167,8 +167,9 @@ def export(path: Path, folder: Path) -> None:
     except safetensors.SafetensorError as e:
         part.unlink(missing_ok=True)
         raise train.RunError(f"{folder} can't hold {size / 1e6:,.0f} MB of weights ({e}): make room there") from None
-    train.replace(part, folder / "model.safetensors")
     write_json(folder / "config.json", hf_config(checkpoint["model_config"]))
+    shutil.copymode(folder / "config.json", part)  # safetensors lets nobody else read its file
+    train.replace(part, folder / "model.safetensors")
     tokens = dict.fromkeys(("bos_token_id", "eos_token_id", "pad_token_id"), END_OF_TEXT)
     temperature, top_k = checkpoint["config"].get("temperature"), checkpoint["config"].get("top_k", 0)
     sampling = {"do_sample": True, "temperature": temperature, "top_k": top_k} if temperature else {"do_sample": False}

@@ -48,6 +48,10 @@ def test_transformers_computes_the_same_logits(run_dir, folder):
     assert difference < 1e-4
 
 
+def test_all_files_can_be_read_by_whom_the_umask_lets(folder):
+    assert len({path.stat().st_mode for path in folder.iterdir()}) == 1
+
+
 def test_token_ids_are_the_same(folder, tokenizer):
     theirs = transformers.AutoTokenizer.from_pretrained(folder)
     odd = "Naïve café — 3½ \U0001f642\n\n\tif (x) {  }  don't I'LL   \r\n<|endoftext"
