@@ -839,7 +839,8 @@ class Runtime:
     def describe_device(self) -> str:
         if self.device.type == "cuda":
             return f"cuda ({torch.cuda.get_device_name(self.device)})"
-        return f"{self.device.type} ({platform.processor() or platform.machine()}, {torch.get_num_threads()} threads)"
+        threads = f"{torch.get_num_threads()} thread{'s' * (torch.get_num_threads() > 1)}"
+        return f"{self.device.type} ({platform.processor() or platform.machine()}, {threads})"
 
     def describe(self) -> dict[str, str | int]:
         """All that the bits of a result depend on beside the configuration."""
@@ -1926,8 +1927,9 @@ class Trainer:
         lengths = torch.tensor([len(row) for row in encoded])
         rows = nn.utils.rnn.pad_sequence([torch.tensor(row) for row in encoded], batch_first=True)
         options = (config.max_new_tokens, config.temperature, config.top_k, generator, lengths.to(device))
-        new = []
-        for tokens in self.model.stream(rows.to(device), *options):
+        new, total = [], rows.size(1) - int(lengths.min()) + config.max_new_tokens
+        written = self.model.stream(rows.to(device), *options)
+        for tokens in tqdm(written, total=total, desc="sample", leave=False, disable=no_bar()):
             poll()
             new.append(tokens.cpu())
         for row, begin in zip(torch.cat(new, dim=1), lengths - lengths.min(), strict=True):
@@ -1951,7 +1953,8 @@ class Trainer:
         right = 0
         rows = torch.from_numpy(np.stack([self.corpus.tokens[i : i + known + asked] for i in places]).astype(np.int64))
         with self.runtime.autocast():
-            for group in rows.split(64):  # their keys and values take 0.3 GB in fp32
+            # 64 at a time: their keys and values take 0.3 GB in fp32
+            for group in tqdm(rows.split(64), desc="recall", leave=False, disable=no_bar()):
                 told = self.model.stream(group[:, :known].to(self.runtime.device), asked, temperature=0)
                 for position, token in enumerate(told, known):
                     poll()
