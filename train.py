@@ -242,11 +242,12 @@ PRESETS: dict[str, dict] = {
         "batch_size": 1,
         "seq_len": 256,
         "steps": 110,
-        "lr": 1.2e-5,
+        "lr": 6e-6,
         "embed_lr": 5e-3,
         "beta1": 0.8,
         "save_every": 100,
         "prompt": "AMBROSE:\nCome in, and shut the door",
+        "temperature": 0.5,  # to recite; at 0.9 a sample soon leaves the text
     },
 }
 
