@@ -128,7 +128,7 @@ class TrainConfig:
     target_loss: float = flag(0.1, "stop once avg_loss, then final_loss, is under this (0: never)", least=0)
     optimizer: str = flag("adamw", "muon: for the blocks' matrices, AdamW for the rest", choices=("adamw", "muon"))
     lr: float = flag(3e-5, "peak learning rate", above=0)
-    embed_lr: float = flag(5e-3, "peak learning rate of the embeddings (0: as lr)", least=0)
+    embed_lr: float = flag(1.2e-3, "peak learning rate of the embeddings (0: as lr)", least=0)
     warmup_steps: int | None = flag(None, "steps to the peak (default: a tenth of steps, at most 300)", least=0)
     weight_decay: float = flag(0.0, "decay of matrices; biases and LayerNorms have none", least=0)
     beta1: float = flag(0.5, "AdamW's memory of the gradient, and Muon's", least=0, below=1)

@@ -22,7 +22,7 @@ CONTRACT = {
     "grad_accum": 1,
     "steps": 4600,
     "lr": 3e-5,
-    "embed_lr": 5e-3,
+    "embed_lr": 1.2e-3,
     "weight_decay": 0.0,
     "beta1": 0.5,
     "beta2": 0.95,
