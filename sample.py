@@ -67,6 +67,31 @@ BOUNDS = {
 }
 
 
+class PackedLinear(torch.nn.Module):
+    """torch.nn.Linear for few rows on a CPU, with its matrix in oneDNN's own order: otherwise each call reorders it,
+    which takes as long as the product. The two operators are those of torch.compile's frozen models."""
+
+    def __init__(self, linear: torch.nn.Linear):
+        """Raises RuntimeError, AttributeError or TypeError where torch lacks the operators."""
+        super().__init__()
+        self.bias, self.dtype = linear.bias, linear.weight.dtype
+        self.packed = torch.ops.mkldnn._reorder_linear_weight(linear.weight.detach(), 1)
+        self(linear.weight.new_zeros(1, linear.in_features))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return torch.ops.mkldnn._linear_pointwise(x.to(self.dtype), self.packed, self.bias, "none", [], "")
+
+
+def prepared(linear: torch.nn.Linear, dtype: torch.dtype, on_cpu: bool) -> torch.nn.Module:
+    """The same product, with all that can be done before it done."""
+    own = torch.nn.Linear(linear.in_features, linear.out_features, linear.bias is not None, device="meta")
+    for name, p in linear.named_parameters():
+        setattr(own, name, torch.nn.Parameter(p.detach().to(dtype), requires_grad=False))
+    with contextlib.suppress(RuntimeError, AttributeError, TypeError):
+        return PackedLinear(own) if on_cpu else own
+    return own
+
+
 class Writer:
     """A model from a checkpoint, which continues prompts."""
 
@@ -86,17 +111,16 @@ class Writer:
         train.check_causality(self.model, self.runtime, min(64, self.model.config.block_size))
         self.context = self.model.config.block_size
         self.parameters = sum(self.model.parameter_counts().values())
-        self.cast_once()
+        self.prepare_matrices()
 
-    def cast_once(self) -> None:
-        """Gives each matrix the type that autocast would cast it to, for every token anew. The embedding, which it
-        leaves alone, stays as it is, so the head gets a copy of its own."""
-        for module in self.model.modules():
-            if isinstance(module, torch.nn.Linear) and self.runtime.amp_dtype:
-                for name, p in list(module.named_parameters()):
-                    setattr(
-                        module, name, torch.nn.Parameter(p.detach().to(self.runtime.amp_dtype), requires_grad=False)
-                    )
+    def prepare_matrices(self) -> None:
+        """Gives each matrix, once, the type that autocast would cast it to for every token anew, and on a CPU the order
+        that oneDNN would bring it into. The embedding stays as it is, so the head gets a copy of its own."""
+        dtype, on_cpu = self.runtime.amp_dtype or torch.float32, self.runtime.device.type == "cpu"
+        for parent in list(self.model.modules()):
+            for name, module in list(parent.named_children()):
+                if isinstance(module, torch.nn.Linear):
+                    setattr(parent, name, prepared(module, dtype, on_cpu))
 
     def encode(self, prompt: str) -> tuple[list[int], int]:
         """(token ids that fit into the context, how many were cut off before them); an empty prompt is a line break."""

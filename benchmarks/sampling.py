@@ -27,14 +27,14 @@ def cached(writer: sample.Writer, request: sample.Request) -> str:
     return "".join(pieces[0] for pieces in writer.write(request))
 
 
-@torch.inference_mode()
+@torch.no_grad()
 def uncached(writer: sample.Writer, request: sample.Request) -> str:
-    """One pass over all tokens so far for each token; as with the cache, the head is applied to the last one alone."""
+    """The model, as it is called in training, over all tokens so far for each token."""
     prompt, _ = writer.encode(request.prompt)
     rows = torch.tensor([prompt], device=writer.runtime.device)
     for _ in range(request.max_new_tokens):
         with writer.runtime.autocast():
-            logits = writer.model.lm_head(writer.model.hidden(rows)[:, -1])
+            logits = writer.model(rows)[0][:, -1]
         rows = torch.cat((rows, logits.argmax(dim=-1, keepdim=True)), dim=1)
     return writer.tokenizer.decode(rows[0, len(prompt) :].tolist())
 

@@ -119,6 +119,22 @@ def test_text_goes_on_beyond_the_context(writer):
     assert text == writer.tokenizer.decode(expected).rstrip("\ufffd")
 
 
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_packed_matrix_gives_the_same_product(dtype, bias, monkeypatch):
+    linear, x = torch.nn.Linear(48, 80, bias), torch.randn(2, 3, 48)
+    plain = sample.prepared(linear, dtype, on_cpu=False)
+    for packed in (sample.prepared(linear, dtype, on_cpu=True), None):
+        if not packed:  # a torch without the operators
+            monkeypatch.setattr(sample.PackedLinear, "forward", lambda *_: torch.ops.mkldnn.not_there())
+            packed = sample.prepared(linear, dtype, on_cpu=True)
+            assert type(packed) is torch.nn.Linear
+        with torch.no_grad():
+            y = packed(x.to(dtype))
+            torch.testing.assert_close(y, plain(x.to(dtype)))
+        assert y.dtype == dtype and y.shape == (2, 3, 80)
+
+
 def test_half_precision_is_that_of_autocast_with_each_matrix_cast_once(checkpoint):
     writer = sample.Writer(checkpoint, "cpu", "bf16")
     request, ids = sample.Request(prompt="Come in", temperature=0.0, max_new_tokens=30), None
