@@ -185,6 +185,7 @@ def test_the_page_in_a_real_browser(tmp_path):
         )
         tab.goto(url)
         expect(tab.locator("#status")).to_contain_text("step 4")
+        expect(tab.locator("#generate")).to_be_visible()
         assert pale_words(tab) == []
         tab.fill("#prompt textarea", "AMBROSE:\n")
         tab.fill("#max_new_tokens input[type=number]", "30")

@@ -408,7 +408,12 @@ def test_a_flipped_bit_is_noticed_or_without_effect(tmp_path_factory, small_chec
 @pytest.fixture(scope="module")
 def small_checkpoint(tmp_path_factory):
     path = tmp_path_factory.mktemp("small") / "last.pt"
-    content = {"format": 1, "model": {"w": torch.arange(50.0)}, "config": {"steps": 3}, "step": 2}
+    content = {
+        "format": 1,
+        "model": {"w": torch.arange(50.0)},
+        "config": {**train.BEFORE_A_CHOICE, "steps": 3},
+        "step": 2,
+    }
     train.save_checkpoint(path, content)
     return path.read_bytes(), content
 
@@ -443,7 +448,8 @@ def test_what_changed_since_the_checkpoint_is_said(out):
     train.main(["--resume", str(out / "checkpoints" / "last.pt"), "--steps", "40", "--lr", "1e-3", "--log_every", "5"])
     log = log_of(out)
     assert "Changed since the checkpoint: log_every 1 -> 5, lr 0.0003 -> 0.001, steps 30 -> 40" in log
-    before, after = train.TrainConfig(steps=30, warmup_steps=3), train.TrainConfig(steps=40, warmup_steps=4, lr=1e-3)
+    before = train.TrainConfig(steps=30, warmup_steps=3, lr=3e-4)
+    after = train.TrainConfig(steps=40, warmup_steps=4, lr=1e-3)
     rates = [rate_of_step(config, 31 if config is after else 30) for config in (before, after)]
     assert f"Learning rate of step 31: {rates[1]:.6e} (it was to be {rates[0]:.6e})" in log
 
