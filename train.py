@@ -120,8 +120,8 @@ class TrainConfig:
     n_embd: int = flag(768, "width of the residual stream", least=1)
     dropout: float = flag(0.0, "probability of dropping an activation in training", least=0, below=1)
 
-    batch_size: int = flag(4, "B: windows in a micro-batch (lower it when memory runs out)", "Training", least=1)
-    seq_len: int = flag(256, "T: tokens in a window, at most block_size", least=1)
+    batch_size: int = flag(1, "B: windows in a micro-batch (lower it when memory runs out)", "Training", least=1)
+    seq_len: int = flag(1024, "T: tokens in a window, at most block_size", least=1)
     grad_accum: int = flag(1, "micro-batches whose gradients are averaged into one step", least=1)
     steps: int | None = flag(4600, "optimizer steps; the learning rate's curve ends with them", least=1)
     epochs: float | None = flag(None, "passes over the corpus, in place of steps", above=0, below=10**6)
