@@ -113,6 +113,7 @@ class TrainConfig:
     tokenizer: str = flag("gpt2", "gpt2: byte-pair encoding of 50,257 tokens", choices=("gpt2",))
     cache_dir: str = flag("", "where token ids are kept between runs (default: the user's cache folder)")
     randomize_batches: bool = flag(False, "shuffle the order of the batches anew each pass")
+    val_fraction: float = flag(0.0, "share of the text, at its end, that is held out of training", least=0, below=1)
 
     block_size: int = flag(1024, "context: the longest sequence that the model can read", "Model", least=1)
     n_layer: int = flag(12, "transformer blocks", least=1)
@@ -125,6 +126,7 @@ class TrainConfig:
     grad_accum: int = flag(1, "micro-batches whose gradients are averaged into one step", least=1)
     steps: int | None = flag(4600, "optimizer steps; the learning rate's curve ends with them", least=1)
     epochs: float | None = flag(None, "passes over the corpus, in place of steps", above=0, below=10**6)
+    steps_per_epoch: int | None = flag(None, "steps in an epoch (default: a pass over the corpus)", least=1)
     target_loss: float = flag(0.1, "stop once avg_loss, then final_loss, is under this (0: never)", least=0)
     optimizer: str = flag("adamw", "muon: for the blocks' matrices, AdamW for the rest", choices=("adamw", "muon"))
     lr: float = flag(3e-5, "peak learning rate", above=0)
@@ -134,6 +136,16 @@ class TrainConfig:
     beta1: float = flag(0.5, "AdamW's memory of the gradient, and Muon's", least=0, below=1)
     beta2: float = flag(0.95, "AdamW's memory of its square", least=0, below=1)
     clip_grad: float = flag(1.0, "gradient norm to scale down to (0: no clipping)", least=0)
+
+    eval_every: int | None = flag(
+        None,
+        "steps between measurements of val_loss (default: a tenth of steps, at most 1000)",
+        "Held-out text",
+        least=1,
+    )
+    eval_batches: int = flag(0, "batches of held-out text in a measurement (0: all)", least=0)
+    best_by: str = flag("train", "best.pt is of the lowest avg_loss (train) or val_loss", choices=("train", "val"))
+    patience: int = flag(0, "stop after so many measurements without a lower val_loss (0: never)", least=0)
 
     log_every: int = flag(10, "steps between log lines", "Output", least=1)
     save_every: int | None = flag(None, "steps between checkpoints (default: a tenth of steps, at most 1000)", least=1)
@@ -186,6 +198,11 @@ class TrainConfig:
             yield "steps epochs", "the run has no length: give --steps N or --epochs N, or try --preset demo"
         if c.steps and c.epochs:
             yield "steps epochs", "steps and epochs exclude each other: give one of them"
+        if c.steps_per_epoch and not c.epochs:
+            yield "steps_per_epoch epochs", "steps_per_epoch is for runs by epochs: add --epochs N, or leave it out"
+        if not c.val_fraction and (c.patience or c.best_by == "val"):
+            needs = "patience and best_by val need held-out text: add --val_fraction 0.1"
+            yield "val_fraction patience best_by", needs
         if c.steps and (c.warmup_steps or 0) > c.steps:
             yield "steps warmup_steps", late_warmup(c)
         if c.resume and c.overwrite:
@@ -204,11 +221,13 @@ class TrainConfig:
 
     def resolved(self, batches_per_pass: int, batches_per_step: int) -> TrainConfig:
         """The same settings with each None filled in, once the corpus is known."""
-        steps = self.steps or math.ceil(self.epochs * batches_per_pass / batches_per_step)
+        epoch = self.steps_per_epoch or batches_per_pass / batches_per_step
+        steps = self.steps or math.ceil(self.epochs * epoch)
         save_every = self.save_every or min(1000, max(1, steps // 10))
         return dataclasses.replace(
             self,
             steps=steps,
+            eval_every=self.eval_every or min(1000, max(1, steps // 10)),
             warmup_steps=min(300, steps // 10) if self.warmup_steps is None else self.warmup_steps,
             save_every=save_every,
             sample_every=self.sample_every or max(100, save_every),  # on a CPU, two samples take as long as a few steps
@@ -491,6 +510,13 @@ def decode_text(data: bytes, path: str) -> tuple[str, list[str]]:
     return text, notes
 
 
+def held_out_from(tokens: np.ndarray, fraction: float, tokenizer: Tokenizer) -> int:
+    """Where the held-out end of the text begins: behind the first line break past the given share of its tokens."""
+    start = len(tokens) - int(len(tokens) * fraction)
+    ends = (i + 1 for i in range(start, len(tokens)) if tokenizer.decode_bytes([int(tokens[i])]).endswith(b"\n"))
+    return next(ends, start)
+
+
 class TokenBatcher:
     """Cuts a corpus of N tokens into batches of B windows of T tokens, in order, pass after pass.
 
@@ -553,6 +579,16 @@ class TokenBatcher:
         if (state["n_targets"], state["batch_tokens"]) != (self.n_targets, self.batch_tokens):
             raise ValueError(f"the state {state} isn't of these batches {self.state_dict()}")
         self.position = state["position"]
+
+
+def held_out_batches(tokens: torch.Tensor, config: TrainConfig) -> TokenBatcher:
+    """Held-out text in windows as in training, fewer of them at once where it is short. Raises UsageError."""
+    if len(tokens) <= config.seq_len:
+        raise UsageError(
+            f"val_fraction {config.val_fraction} holds out {len(tokens)} tokens, and one window takes"
+            f" {config.seq_len + 1}: give a larger --val_fraction, or a shorter --seq_len"
+        )
+    return TokenBatcher(tokens, min(config.batch_size, (len(tokens) - 1) // config.seq_len), config.seq_len)
 
 
 # ======================================================================================================================
@@ -1261,10 +1297,15 @@ def lock_file(file) -> None:
 CSV_FIELDS = ["step", "epoch", "tokens", "loss", "avg_loss", "best_loss", "lr", "grad_norm", "tok_per_s", "elapsed_s"]
 CSV_FIELDS += ["mfu"]
 RULE = "=" * 80
-ENDINGS = ("target reached", "steps done")  # of a run that has nothing more to do
+ENDINGS = ("target reached", "steps done", "patience over")  # of a run that has nothing more to do
 CHECKPOINT_FORMAT = 1  # raised when an older program couldn't read a newer file
-BEFORE_A_CHOICE = {"optimizer": "adamw", "embed_lr": 0.0}  # in checkpoints from before these were settings
-WEIGHTS = ("format", "model", "model_config", "config", "step", "loss", "tokenizer", "corpus_sha256")  # of best.pt
+BEFORE_A_CHOICE = {
+    "optimizer": "adamw",
+    "embed_lr": 0.0,
+    "val_fraction": 0.0,
+    "best_by": "train",
+}  # in checkpoints from before these were settings
+WEIGHTS = ("format", "model", "model_config", "config", "step", "loss", "val_loss", "tokenizer", "corpus_sha256")
 
 
 @contextlib.contextmanager
@@ -1313,6 +1354,7 @@ class RunDirectory:
         self.best = self.root / "checkpoints" / "best.pt"
         self.record = self.root / "run.json"
         self.board = self.root / "tensorboard"
+        self.fields = CSV_FIELDS
         self.unwritten: dict[Path, str] = {}  # rows and samples that the disk had no room for
 
     def files(self) -> list[Path]:
@@ -1420,12 +1462,12 @@ class RunDirectory:
         rows, blocks = [], []
         if self.metrics.exists():
             rows = [line.split(",") for line in self.metrics.read_text(encoding="utf-8", errors="replace").splitlines()]
-            full = len(CSV_FIELDS)
+            full = len(self.fields)
             columns = max((len(r) for r in rows if full - 1 <= len(r) <= full), default=full)  # older files have no mfu
             rows = [r for r in rows if len(r) == columns and r[0].isdigit() and int(r[0]) <= step]
             rows = [r + ["unknown"] * (full - columns) for r in rows]
             with atomic_write(self.metrics) as f:
-                f.write("".join(",".join(row) + "\n" for row in [CSV_FIELDS, *rows]).encode())
+                f.write("".join(",".join(row) + "\n" for row in [self.fields, *rows]).encode())
         if self.samples.exists():
             text = self.samples.read_bytes().decode("utf-8", "replace")  # read_text would change a sampled \r
             blocks = re.findall(rf"^{RULE}\nSTEP (\d+)\n(.*?)(?=^{RULE}\nSTEP|\Z)", text, re.M | re.S)
@@ -1436,8 +1478,8 @@ class RunDirectory:
 
     def write_row(self, row: dict) -> None:
         new = not self.metrics.exists() and self.metrics not in self.unwritten
-        cells = [f"{row[k]:.10g}" if isinstance(row[k], float) else str(row[k]) for k in CSV_FIELDS]
-        self.append(self.metrics, (",".join(CSV_FIELDS) + "\n" if new else "") + ",".join(cells) + "\n")
+        cells = [f"{row[k]:.10g}" if isinstance(row[k], float) else str(row[k]) for k in self.fields]
+        self.append(self.metrics, (",".join(self.fields) + "\n" if new else "") + ",".join(cells) + "\n")
 
     def write_samples(self, step: int, texts: Sequence[tuple[str, str]]) -> None:
         """Appends a block; texts are pairs of (prompt, what the model wrote after it)."""
@@ -1494,8 +1536,9 @@ class Board:
             raise RunError(f"tensorboard doesn't work here ({e!r:.80}): leave --tensorboard out") from e
 
     def add_row(self, row: dict) -> None:
-        for key in ("loss", "avg_loss", "lr", "grad_norm", "tok_per_s"):
-            self.call("add_scalar", key, row[key], row["step"])
+        for key in ("loss", "avg_loss", "val_loss", "lr", "grad_norm", "tok_per_s"):
+            if row[key] != "":
+                self.call("add_scalar", key, row[key], row["step"])
 
     def add_samples(self, texts: Sequence[tuple[str, str]], step: int) -> None:
         for i, (prompt, text) in enumerate(texts):  # as Markdown: four blanks keep the lines as they are
@@ -1753,8 +1796,11 @@ class Trainer:
     def __init__(self, config: TrainConfig, corpus: Corpus, tokenizer: Tokenizer, runtime: Runtime):
         self.given = config  # as asked for, to be kept in checkpoints; self.config has its gaps filled in
         self.corpus, self.tokenizer, self.runtime = corpus, tokenizer, runtime
+        cut = held_out_from(corpus.tokens, config.val_fraction, tokenizer)
+        tokens = torch.from_numpy(corpus.tokens.astype(np.int32)).to(runtime.device)
+        self.held_out = held_out_batches(tokens[cut:], config) if config.val_fraction else None
         self.batcher = TokenBatcher(
-            torch.from_numpy(corpus.tokens.astype(np.int32)).to(runtime.device),
+            tokens[:cut],
             config.batch_size,
             config.seq_len,
             shuffle=config.randomize_batches,
@@ -1782,6 +1828,9 @@ class Trainer:
         self.step, self.seconds = 0, 0.0  # done by earlier starts of this run
         self.best_loss = self.best_saved = math.inf  # the lowest avg_loss seen, and the one that best.pt holds
         self.next_proof = 0  # the step before which a failed proof isn't tried again
+        self.val_loss = self.best_val_loss = math.inf
+        self.measured_step = self.stale = 0  # the step of val_loss, and measurements since the best one
+        self.epoch_loss, self.epoch_steps, self.epoch_start = 0.0, 0, 0.0  # sum, count, and seconds() at its start
         self.skipped = torch.zeros((), device=runtime.device)  # updates that the loss scaler left out
         self.origin = ""  # of initial weights that weren't drawn by seed: the folder that they were imported from
         self.notes: list[str] = []  # what a resumed run should know, for the log
@@ -1825,6 +1874,7 @@ class Trainer:
             for micro, value in enumerate(values):
                 self.losses[self.batcher.index(first + micro * size + rank)] = value
         self.step_loss = torch.stack(all_losses).mean()  # over the whole accumulation, not its last micro-batch
+        self.epoch_loss, self.epoch_steps = self.epoch_loss + self.step_loss, self.epoch_steps + 1
 
     def update_weights(self) -> None:
         """Clips, steps, and moves the schedule: by attempted steps, so that lr follows `step` alone even where the
@@ -1861,6 +1911,18 @@ class Trainer:
         seen = max(1, min(self.batcher.position, self.batcher.n_batches))
         return self.losses.cpu().double().sum().item() / seen
 
+    def score(self) -> float:
+        """What best.pt is chosen by: lower is better, and infinite as long as there is nothing to go by."""
+        if self.config.best_by == "val":
+            return self.val_loss if self.measured_step == self.step else math.inf
+        return self.avg_loss() if self.seen_all() else math.inf
+
+    def epoch(self, step: int) -> tuple[int, int, int]:
+        """(which epoch a step is in, of a run by epochs, counted from 1; the step before its first; its last step)."""
+        length = self.config.steps_per_epoch or self.batcher.n_batches / self.batches_per_step
+        n = int((step - 1) / length) + 1
+        return n, math.ceil((n - 1) * length), min(self.config.steps, math.ceil(n * length))
+
     def tokens(self) -> int:
         return self.batcher.position * self.batcher.batch_tokens
 
@@ -1885,23 +1947,26 @@ class Trainer:
             "best_loss": self.best_loss if self.seen_all() else avg_loss,
             "lr": self.lr,
             "grad_norm": grad_norm,
+            "val_loss": self.val_loss if 0 < self.measured_step == self.step else "",
         }
 
     # ---- the proof, samples and recall: none changes anything in training ----
 
     @torch.no_grad()
-    def evaluate(self, poll: Callable[[], None]) -> float:
-        """Mean loss over the corpus in nats per token: the windows of training, eval mode, each target counted once."""
+    def evaluate(self, poll: Callable[[], None], batcher: TokenBatcher, first: int = 0) -> float:
+        """Mean loss in nats per token over a batcher's batches, or the `first` of them: eval mode, each target once."""
         self.model.eval()
-        batcher, total = self.batcher, 0.0
-        for i in tqdm(range(batcher.n_batches), desc="proof", leave=False, disable=no_bar()):
+        total, count = 0.0, 0
+        batches = range(min(first or batcher.n_batches, batcher.n_batches))
+        for i in tqdm(batches, desc="proof" if batcher is self.batcher else "val", leave=False, disable=no_bar()):
             poll()
             idx, targets = batcher.batch(i)
             repeated = batcher.repeated(i)
             targets = targets.flatten().index_fill(0, torch.arange(repeated, device=targets.device), -1)
             with self.runtime.autocast():
                 total += self.model(idx, targets, keep_logits=False)[1].item() * (batcher.batch_tokens - repeated)
-        return total / batcher.n_targets
+            count += batcher.batch_tokens - repeated
+        return total / count
 
     def prompts(self) -> list[str]:
         """The given prompt, then openings of passages (what follows a blank line) drawn from the corpus by seed."""
@@ -1973,6 +2038,7 @@ class Trainer:
             "config": dataclasses.asdict(self.given),
             "step": self.step,
             "loss": self.avg_loss(),
+            "val_loss": self.val_loss if self.measured_step == self.step else None,
             "tokenizer": {"name": self.tokenizer.name, "vocab_size": self.tokenizer.vocab_size},
             "corpus_sha256": self.corpus.sha256,
             "origin": self.origin,
@@ -2001,6 +2067,8 @@ class Trainer:
             "best_loss": self.best_loss,
             "best_saved": self.best_saved,
             "next_proof": self.next_proof,
+            "held_out": [self.val_loss, self.best_val_loss, self.measured_step, self.stale],
+            "epoch": [float(self.epoch_loss), self.epoch_steps, self.epoch_start],
             "skipped": self.skipped.item(),
             "seconds": self.seconds,
             "made_on": self.runtime.describe(),
@@ -2023,6 +2091,9 @@ class Trainer:
         self.step, self.seconds = state["step"], state["seconds"]
         self.best_loss, self.best_saved = state["best_loss"], state["best_saved"]
         self.origin = state.get("origin", "")
+        if "held_out" in state:  # not in earlier files
+            self.val_loss, self.best_val_loss, self.measured_step, self.stale = state["held_out"]
+            self.epoch_loss, self.epoch_steps, self.epoch_start = state["epoch"]
         self.next_proof, last = state["next_proof"], state["last_step"]
         self.skipped.fill_(state["skipped"])
         self.step_loss, self.grad_norm = torch.tensor(last["loss"]), torch.tensor(last["grad_norm"])
@@ -2053,6 +2124,7 @@ class Trainer:
         """Raises UsageError with every setting that makes this another run than the checkpoint's."""
         saved, given = state["config"], dataclasses.asdict(self.given)
         names = (*MODEL_FLAGS, "tokenizer", "batch_size", "seq_len", "seed", "randomize_batches", "optimizer")
+        names = (*names, "val_fraction", "best_by")
         problems = [
             f"{name} {given[name]} conflicts with the checkpoint's {saved[name]}: leave --{name} out, or start anew"
             " with another --out_dir"
@@ -2146,6 +2218,8 @@ class Loop:
         trainer.optimizer.register_step_pre_hook(self.writer.hold_update)
         self.started_at = self.saved_step = trainer.step
         self.logged_step = self.sampled_step = -1
+        if trainer.held_out:
+            run_dir.fields = [*CSV_FIELDS, "val_loss"]
         self.final_loss: float | None = None
         self.recall: float | None = None
         self.recall_at_windows: float | None = None
@@ -2173,7 +2247,9 @@ class Loop:
         try:
             self.announce()
             if ended := self.has_ended():
-                more = "more --steps" if ended == "steps done" else "a lower --target_loss"
+                more = {"steps done": "more --steps", "patience over": "more --patience"}.get(
+                    ended, "a lower --target_loss"
+                )
                 self.log.info(f"Nothing to do: this run has ended ({ended}); to go on, give {more}")
                 return self.record("nothing to do")
             self.write_record(None)
@@ -2197,15 +2273,18 @@ class Loop:
         """How the run that is resumed has ended, or '' if there is something to do."""
         t, record = self.trainer, self.run_dir.read_record() if self.started_at else {}
         ended, final_loss = record.get("ended"), record.get("final_loss") or math.inf
-        more = t.step < t.config.steps if ended == "steps done" else final_loss >= t.config.target_loss
+        more = {
+            "steps done": t.step < t.config.steps,
+            "patience over": not 0 < t.config.patience <= t.stale,
+            "target reached": final_loss >= t.config.target_loss,
+        }.get(ended)
         return ended if ended in ENDINGS and record.get("steps") == t.step and not more else ""
 
     def train_steps(self) -> str:
         """Steps until the target is proven, the steps are done, or a signal came: returns which."""
         t = self.trainer
         self.window_start = self.steps_start = time.monotonic()
-        disable = no_bar() if self.main else True
-        with tqdm(total=t.config.steps, initial=t.step, unit="step", disable=disable) as bar:
+        with self.new_bar() as bar:
             # A resumed run may have been cut off after a step, before all that the step leads to was done.
             ended = self.after_step(bar) if t.step else ""
             while not ended:
@@ -2214,31 +2293,58 @@ class Loop:
                 ended = self.after_step(bar)
         return ended
 
+    def new_bar(self) -> tqdm:
+        """Over all steps, or of a run by epochs over those of one epoch."""
+        t, disable = self.trainer, no_bar() if self.main else True
+        n, before, last = t.epoch(min(t.step + 1, t.config.steps)) if t.config.epochs else (0, 0, t.config.steps)
+        name = f"epoch {n}/{math.ceil(t.config.epochs)}" if n else None
+        return tqdm(total=last - before, initial=t.step - before, unit="step", desc=name, disable=disable)
+
+    def end_epoch(self, bar: tqdm) -> None:
+        """A log line with the epoch's mean loss, then the next one's bar in the place of this one's."""
+        t = self.trainer
+        loss, seconds = float(t.epoch_loss) / t.epoch_steps, self.seconds() - t.epoch_start
+        n, epochs = t.epoch(t.step)[0], math.ceil(t.config.epochs)
+        self.log.info(f"Epoch {n}/{epochs}: average loss {loss:.4f}, {seconds:.1f} s")
+        t.epoch_loss, t.epoch_steps, t.epoch_start = 0.0, 0, self.seconds()
+        if t.step < t.config.steps:
+            _, before, last = t.epoch(t.step + 1)
+            bar.reset(total=last - before)
+            bar.set_description(f"epoch {n + 1}/{epochs}", refresh=False)
+
     def after_step(self, bar: tqdm) -> str:
         """Logs, proves, saves and samples where this step asks for it. Returns how the run ended, or ''."""
         t, config = self.trainer, self.trainer.config
         log_now = t.step in (1, config.steps) or t.step % config.log_every == 0
-        read_now = log_now or self.reads_each_step or t.ends_pass()
+        ends_epoch = bool(config.epochs) and t.epoch_steps > 0 and t.step == t.epoch(t.step)[2]
+        read_now = log_now or self.reads_each_step or t.ends_pass() or t.step % config.eval_every == 0 or ends_epoch
         if read_now:
             row = t.measure()
+            if self.measure_held_out(row["avg_loss"]):
+                row["val_loss"], log_now = t.val_loss, True
             rate = (bar.format_dict["rate"] or 0) * t.batches_per_step * t.batcher.batch_tokens
             figures = "loss {loss:.3f}, avg {avg_loss:.3f}, lr {lr:.1e}, {rate:.0f} tok/s".format(**row, rate=rate)
             bar.set_postfix_str(figures, refresh=False)
             if log_now:
                 self.log_step(row)
                 self.tell_estimate()
+            if ends_epoch:
+                self.end_epoch(bar)
             if self.target_proven(row["avg_loss"]):
                 return "target reached"
         self.writer.check()
         stop, late = self.asked(read_now)
         if stop:
             return "interrupted"
-        if t.step % config.save_every == 0:
+        better = config.best_by == "val" and t.measured_step == t.step and not t.stale
+        if t.step % config.save_every == 0 or better:
             self.save()
         elif late:
             self.save(best=False)
         if t.step >= config.steps:
             return "steps done"
+        if 0 < config.patience <= t.stale:
+            return "patience over"
         if t.step % config.sample_every == 0:
             self.write_samples()
         return ""
@@ -2314,12 +2420,27 @@ class Loop:
         t.next_proof = t.step + math.ceil(t.batcher.n_batches / t.batches_per_step)
         return False
 
-    def prove(self) -> float:
-        """Computes final_loss, in one process for all."""
-        found = [self.trainer.evaluate(self.poll) if self.main else None]
+    def measure_held_out(self, avg_loss: float) -> bool:
+        """val_loss, every eval_every steps, at the end, and where the target is in reach. Was it measured?"""
+        t, c = self.trainer, self.trainer.config
+        due = t.step % c.eval_every == 0 or t.step == c.steps or (t.seen_all() and avg_loss < c.target_loss)
+        if not (t.held_out and due) or t.measured_step == t.step:
+            return False
+        t.val_loss, t.measured_step = self.evaluate(t.held_out, c.eval_batches), t.step
+        t.stale = 0 if t.val_loss < t.best_val_loss else t.stale + 1
+        t.best_val_loss = min(t.best_val_loss, t.val_loss)
+        return True
+
+    def evaluate(self, batcher: TokenBatcher, first: int = 0) -> float:
+        """In one process for all."""
+        found = [self.trainer.evaluate(self.poll, batcher, first) if self.main else None]
         if not self.alone:
             dist.broadcast_object_list(found, src=0)
-        self.final_loss = found[0]
+        return found[0]
+
+    def prove(self) -> float:
+        """Computes final_loss."""
+        self.final_loss = self.evaluate(self.trainer.batcher)
         targets = self.trainer.batcher.n_targets
         self.log.info(f"final_loss {self.final_loss:.6f} (eval mode, each of {targets:,} targets once)")
         return self.final_loss
@@ -2339,6 +2460,7 @@ class Loop:
             " | grad_norm {grad_norm:.3f} | epoch {epoch:.3f} | mfu {mfu}".format(
                 **row, steps=self.trainer.config.steps, rate=rate, mfu=mfu
             )
+            + (f" | val_loss {row['val_loss']:.6f}" if row["val_loss"] != "" else "")
             + (f" | skipped {int(self.trainer.skipped.item())}" if self.trainer.runtime.scaler else "")
         )
         if self.main:
@@ -2352,12 +2474,12 @@ class Loop:
         settings ask for may write best.pt: then it is the same file however often the run was stopped."""
         t = self.trainer
         self.writer.wait()
-        better = best and t.seen_all() and t.avg_loss() < self.writer.best
+        better = best and t.score() < self.writer.best
         if self.saved_step == t.step and not self.first_decides(better or bool(self.writer.failure)):
             return
         t.measure(keep=False)  # never let broken weights take the place of good ones
         self.saved_step, self.saved_at, t.seconds = t.step, time.monotonic(), self.seconds()
-        t.best_saved = t.avg_loss() if better else self.writer.best
+        t.best_saved = t.score() if better else self.writer.best
         state = t.state_dict()
         if self.board:
             self.board.call("flush")  # as rows do, figures reach the disk before the checkpoint
@@ -2424,6 +2546,8 @@ class Loop:
             "best_loss": t.best_loss,
             "target_loss": t.config.target_loss,
             "final_loss": self.final_loss,
+            "val_loss": t.val_loss,
+            "best_val_loss": t.best_val_loss,
             "recall": self.recall,
             "recall_at_windows": self.recall_at_windows,
             "samples": self.samples,
@@ -2470,7 +2594,8 @@ class Loop:
             f"Parameters: {total:,} ({4 * total / 1e6:.1f} MB in fp32)",
             "Parameters by component: " + ", ".join(f"{name} {count:,}" for name, count in counts.items()),
             f"Corpus: {t.corpus.path}, {len(t.corpus.text):,} characters; " + "; ".join(t.corpus.notes),
-            f"Tokens: {len(t.corpus.tokens):,} in {t.batcher.n_batches:,} batches a pass",
+            f"Tokens: {len(t.corpus.tokens):,} in {t.batcher.n_batches:,} batches a pass"
+            + (f", and the last {len(t.held_out.tokens):,} held out" if t.held_out else ""),
             f"Tokens per step: {t.batches_per_step * t.batcher.batch_tokens:,} (batch_size {c.batch_size} x seq_len"
             f" {c.seq_len} x grad_accum {c.grad_accum} x processes {t.runtime.world_size})",
             f"Limit for mfu: {f'{self.limit / 1e9:,.0f} GFLOP/s' if self.limit else 'unknown'}, {what}",
@@ -2493,6 +2618,8 @@ class Loop:
         self.log.info(f"Ended: {ended} at step {t.step} of {t.config.steps}")
         self.log.info(f"Trained: {t.tokens():,} tokens in {self.seconds():.1f} s")
         self.log.info(f"Loss: avg_loss {t.avg_loss():.6f}, final_loss {final}, target_loss {t.config.target_loss}")
+        if t.held_out:
+            self.log.info(f"Held out: val_loss {t.val_loss:.6f} at step {t.measured_step}, best {t.best_val_loss:.6f}")
         self.log.info(f"Checkpoints: {last}" + (f", {best}" if best.exists() else ""))
         if ended != "target reached":
             self.log.info(f"To train on: python train.py --resume {shlex.quote(str(last))}{more}")

@@ -231,7 +231,7 @@ def test_the_proof_counts_each_target_once(tiny, make_trainer):
     assert sorted(losses) == list(range(1, len(tokens)))
     expected = sum(losses.values()) / len(losses)
     trainer.model.train()  # which the proof must not take over, with its dropout
-    assert trainer.evaluate(lambda: None) == pytest.approx(expected, rel=1e-6)
+    assert trainer.evaluate(lambda: None, trainer.batcher) == pytest.approx(expected, rel=1e-6)
 
 
 def test_the_run_stops_when_the_target_is_proven(tiny):
@@ -550,7 +550,7 @@ def test_an_ending_that_was_cut_short_is_made_up_for(tiny, tmp_path, monkeypatch
     settings = {"log_every": 7, "save_every": 1000, "sample_every": 20, **settings}
     whole = train.train(tiny(out_dir=str(tmp_path / "whole"), **settings))
 
-    def stopped(self, poll):
+    def stopped(self, *args, **options):
         raise train.Stopped
 
     with monkeypatch.context() as patch:
@@ -565,15 +565,17 @@ def test_an_ending_that_was_cut_short_is_made_up_for(tiny, tmp_path, monkeypatch
 
 
 def test_a_proof_can_be_stopped(tiny, make_trainer):
+    trainer = make_trainer(tiny())
+
     def poll():
         raise train.Stopped
 
     with pytest.raises(train.Stopped):
-        make_trainer(tiny()).evaluate(poll)
+        trainer.evaluate(poll, trainer.batcher)
 
 
 def test_a_fault_in_the_proof_loses_nothing(tiny, tmp_path, monkeypatch):
-    def fault(self, poll):
+    def fault(self, *args):
         raise RuntimeError("the device fell off the bus")
 
     monkeypatch.setattr(train.Trainer, "evaluate", fault)
