@@ -161,7 +161,7 @@ def export(path: Path, folder: Path) -> None:
     print(f"Reading {path} ...", flush=True)
     checkpoint = train.load_checkpoint(path)  # whole, with its checksums: this copy may be all that is kept
     try:
-        tokenizer = train.load_tokenizer(**checkpoint["tokenizer"])
+        tokenizer = train.saved_tokenizer(checkpoint["tokenizer"])
         model = train.GPT(train.GPTConfig(**checkpoint["model_config"]))
         model.load_state_dict(checkpoint["model"])  # so that nothing is missing or of another shape
     except (KeyError, TypeError, ValueError, RuntimeError) as e:

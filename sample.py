@@ -101,7 +101,7 @@ class Writer:
         try:
             self.model = train.GPT(train.GPTConfig(**checkpoint["model_config"]))
             self.model.load_state_dict(checkpoint["model"])
-            self.tokenizer = train.load_tokenizer(**checkpoint["tokenizer"])
+            self.tokenizer = train.saved_tokenizer(checkpoint["tokenizer"])
         except (KeyError, TypeError, ValueError, RuntimeError) as e:
             raise train.RunError(f"checkpoint {path} lacks what a model needs ({e!r:.80}): use another one") from e
         self.path, self.step, self.loss = str(path), checkpoint["step"], checkpoint.get("loss")

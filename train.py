@@ -388,13 +388,13 @@ class Tokenizer:
         return not self.vocabulary or set(text) <= set(self.vocabulary)
 
     def state_dict(self) -> dict:
-        """For load_tokenizer, in plain types."""
+        """For saved_tokenizer, in plain types."""
         state = {"name": self.name, "vocab_size": self.vocab_size}
         return state | ({"vocabulary": list(self.vocabulary)} if self.vocabulary else {})
 
 
-def load_tokenizer(name: str = "gpt2", vocabulary: Sequence[str] = (), vocab_size: int = 0) -> Tokenizer:
-    """GPT-2's, or `char` with its vocabulary; vocab_size only completes what Tokenizer.state_dict() has.
+def load_tokenizer(name: str = "gpt2", vocabulary: Sequence[str] = ()) -> Tokenizer:
+    """GPT-2's, or `char` with its vocabulary.
 
     Raises UsageError for an unknown name, or when GPT-2's ranks are neither installed nor to be downloaded."""
     if name == "char":
@@ -411,6 +411,11 @@ def load_tokenizer(name: str = "gpt2", vocabulary: Sequence[str] = (), vocab_siz
             ) from None
     # encode_ordinary: the corpus is plain text, so "<|endoftext|>" in it is twelve characters, not a control token
     return Tokenizer(name, encoding.n_vocab, encoding.encode_ordinary, encoding.decode_bytes, encoding.eot_token)
+
+
+def saved_tokenizer(state: dict) -> Tokenizer:
+    """From a checkpoint. Raises KeyError or TypeError for what is none, and as load_tokenizer does."""
+    return load_tokenizer(state["name"], state.get("vocabulary", ()))
 
 
 def char_tokenizer(vocabulary: Sequence[str]) -> Tokenizer:

@@ -139,6 +139,6 @@ def test_more_characters_than_16_bits_can_number_are_refused():
 
 def test_a_tokenizer_is_made_anew_from_its_state(tokenizer):
     char = train.load_tokenizer("char", ["a", "é", train.END_OF_TEXT])
-    again = train.load_tokenizer(**char.state_dict())
+    again = train.saved_tokenizer(char.state_dict())
     assert again.encode("éa") == [1, 0] and again.end_of_text == 2 and again.decode([2, 0]) == "<|endoftext|>a"
-    assert train.load_tokenizer(**tokenizer.state_dict()).end_of_text == 50256
+    assert train.saved_tokenizer(tokenizer.state_dict()).end_of_text == 50256
