@@ -266,18 +266,6 @@ def late_warmup(c: TrainConfig) -> str:
 FIELDS = {f.name: f for f in dataclasses.fields(TrainConfig)}
 MODEL_FLAGS = ("block_size", "n_layer", "n_head", "n_embd", "dropout")
 
-CHAR = {
-    "tokenizer": "char",
-    "val_fraction": 0.1,
-    "best_by": "val",
-    "block_size": 32,
-    "seq_len": 32,
-    "batch_size": 16,
-    "steps": 5000,
-    "target_loss": 0.0,
-    "log_every": 100,
-    "amp": "off",
-}
 # Found by measuring on two CPU cores: benchmarks/README.md has the runs. The defaults are those for data/input.txt.
 PRESETS: dict[str, dict] = {
     "shakespeare": {},
@@ -305,8 +293,38 @@ PRESETS: dict[str, dict] = {
         "prompt": "AMBROSE:\nCome in, and shut the door",
         "temperature": 0.5,  # to recite; at 0.9 a sample soon leaves the text
     },
-    "char-small": {"n_layer": 4, "n_head": 4, "n_embd": 64, "out_dir": "out_char_small", **CHAR},
-    "char-medium": {"n_layer": 6, "n_head": 6, "n_embd": 192, "out_dir": "out_char_medium", **CHAR},
+    "char-small": {
+        "tokenizer": "char",
+        "out_dir": "out_char_small",
+        "val_fraction": 0.1,
+        "block_size": 32,
+        "n_layer": 4,
+        "n_head": 4,
+        "n_embd": 64,
+        "batch_size": 16,
+        "seq_len": 32,
+        "steps": 5000,
+        "target_loss": 0.0,
+        "best_by": "val",
+        "log_every": 100,
+        "amp": "off",
+    },
+    "char-medium": {
+        "tokenizer": "char",
+        "out_dir": "out_char_medium",
+        "val_fraction": 0.1,
+        "block_size": 32,
+        "n_layer": 6,
+        "n_head": 6,
+        "n_embd": 192,
+        "batch_size": 16,
+        "seq_len": 32,
+        "steps": 5000,
+        "target_loss": 0.0,
+        "best_by": "val",
+        "log_every": 100,
+        "amp": "off",
+    },
     "gpt2-medium": {"n_layer": 24, "n_head": 16, "n_embd": 1024},  # the shapes of the GPT-2 paper, table 2
     "gpt2-large": {"n_layer": 36, "n_head": 20, "n_embd": 1280},
     "gpt2-xl": {"n_layer": 48, "n_head": 25, "n_embd": 1600},
