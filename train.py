@@ -1370,8 +1370,8 @@ def find_limit(runtime: Runtime, config: GPTConfig, rows: int, measured: bool) -
 
 
 class MuonAdamW(torch.optim.Optimizer):
-    """Muon (Jordan et al. 2024) for the blocks' matrices and AdamW for the rest, as one optimizer: one learning rate,
-    one state in the checkpoint, and a loss scaler that skips an update in both or in neither. To know whether to skip,
+    """Muon (Jordan et al. 2024) for the blocks' matrices and AdamW for the rest, as one optimizer: one state
+    in the checkpoint, and a loss scaler that skips an update in both or in neither. To know whether to skip,
     the scaler waits for the device once a step: unlike fused AdamW, Muon can't look at its flag there."""
 
     def __init__(self, muon: torch.optim.Muon, adamw: torch.optim.AdamW):
@@ -1388,8 +1388,8 @@ class MuonAdamW(torch.optim.Optimizer):
 def build_optimizer(model: GPT, config: TrainConfig) -> torch.optim.Optimizer:
     """AdamW (Loshchilov & Hutter 2019) with decay on matrices only; fused into one kernel where the device has it.
     A group's `rate` names the setting that is its peak learning rate. With `--optimizer muon` the blocks' matrices are
-    left to Muon, whose updates are scaled to the size of AdamW's (Liu et al. 2025, section 2.2), so that one learning
-    rate does for both."""
+    left to Muon, whose updates are scaled to the size of AdamW's (Liu et al. 2025, section 2.2), so that the usual
+    learning rates do."""
     matrices = [p for p in model.transformer.h.parameters() if p.dim() >= 2]
     tables = [model.transformer.wte.weight, model.transformer.wpe.weight]
     vectors = [p for p in model.parameters() if p.dim() < 2]
@@ -2282,8 +2282,8 @@ class Trainer:
         seed, the share of the next 32 tokens that greedy decoding gives, each in its place (after Carlini et al. 2023,
         section 3). None where there is no such place, or where windows were so short that positions weren't trained.
 
-        `every` seq_len-th place begins a window of training. There the model meets the text at the positions at which
-        it learned it; elsewhere it doesn't, and may not know it again."""
+        With `every` = seq_len, only places where a window of training begins are drawn. There the model meets the text
+        at the positions at which it learned it; elsewhere it doesn't, and may not know it again."""
         known, asked = RECALL_TOKENS
         tokens = self.batcher.tokens
         starts = range(0, len(tokens) - known - asked + 1, every)
@@ -2599,6 +2599,7 @@ class Loop:
                 row["val_loss"], log_now = t.val_loss, True
             rate = (bar.format_dict["rate"] or 0) * t.batches_per_step * t.batcher.batch_tokens
             figures = "loss {loss:.3f}, avg {avg_loss:.3f}, lr {lr:.1e}, {rate:.0f} tok/s".format(**row, rate=rate)
+            figures += f", val {t.val_loss:.3f}" if t.measured_step else ""
             bar.set_postfix_str(figures, refresh=False)
             if log_now:
                 self.log_step(row)
@@ -2871,7 +2872,7 @@ class Loop:
             f"Precision: {t.runtime.describe_precision()}, because {t.runtime.reason}",
             f"Optimizer: {'Muon for the matrices of the blocks, otherwise ' * (c.optimizer == 'muon')}AdamW, {fused}",
             f"Args: {json.dumps(dataclasses.asdict(c), ensure_ascii=False)}",
-            f"Parameters: {total:,} ({4 * total / 1e6:.1f} MB in fp32)",
+            f"Parameters: {total:,} ({4 * total / 1e6:,.4g} MB in fp32)",
             "Parameters by component: " + ", ".join(f"{name} {count:,}" for name, count in counts.items()),
             f"Corpus: {t.corpus.path}, {t.corpus.characters:,} characters; " + "; ".join(t.corpus.notes),
             f"Tokens: {len(t.corpus.tokens):,} in {t.batcher.n_batches:,} batches a pass"

@@ -601,6 +601,7 @@ def held_out(run: Run) -> str:
     rows = [
         [
             plain(past["name"]),
+            code("data/input.txt"),
             f"{past['parameters']:,} ({past['megabytes']:.2f} MB)",
             plain(past["tokenizer"]),
             f"{past['context']:,}",
@@ -612,7 +613,17 @@ def held_out(run: Run) -> str:
         for past in on_record(run).get("held_out_runs", [])
     ]
     rows += [held_out_row(one) for one in (*run.held_out, run) if one.best("val_loss")]
-    header = ("Run", "Parameters", "Tokenizer", "Context", "Steps", "Time", "Loss on what it read", "On held-out text")
+    header = (
+        "Run",
+        "Text",
+        "Parameters",
+        "Tokens",
+        "Context",
+        "Steps",
+        "Time",
+        "Loss on what it read",
+        "On held-out text",
+    )
     return table(header, rows) if rows else "No run with held-out text is on record."
 
 
@@ -625,6 +636,7 @@ def held_out_row(run: Run) -> list[str]:
     rose = f" at step {best['step']:,}, {last['val_loss']:.4f} at the end" if last is not best else ""
     return [
         code(run.folder),
+        code(str(run.part("corpus").get("file", unknown))),
         f"{parameters:,.0f} ({4 * parameters / 1e6:.2f} MB)" if parameters else unknown,
         plain(str(tokenizer or unknown)),
         f"{context:,}" if finite(context) else unknown,

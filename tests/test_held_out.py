@@ -111,6 +111,14 @@ def test_val_loss_is_in_log_csv_record_and_checkpoint(tiny, tmp_path):
     assert train.load_checkpoint(tmp_path / "out" / "checkpoints" / "last.pt")["val_loss"] == record["val_loss"]
 
 
+def test_the_bar_shows_the_latest_val_loss(tiny, monkeypatch):
+    shown = []
+    monkeypatch.setattr(train.tqdm, "set_postfix_str", lambda bar, text, refresh: shown.append(text))
+    record = train.train(tiny(**HELD))
+    assert ["val" in text for text in shown] == [False] * 4 + [True] * 16
+    assert shown[-1].endswith(f"tok/s, val {record['val_loss']:.3f}")
+
+
 def test_without_held_out_text_there_is_no_column(tiny, tmp_path):
     record = train.train(tiny())
     assert "val_loss" not in rows_of(tmp_path / "out")[0] and record["val_loss"] is None

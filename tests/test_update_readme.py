@@ -575,7 +575,7 @@ def test_runs_with_held_out_text_are_told_from_records(run_dir, tmp_path, monkey
     (home / "benchmarks" / "earlier_runs.json").write_text(json.dumps(known))
     monkeypatch.setattr(update_readme, "HERE", home)
     char = shutil.copytree(run_dir, home / "out" / "char")
-    text = {"sha256": EARLIER["sha256"], "held_out": 100}
+    text = {"file": "data/own.txt", "sha256": EARLIER["sha256"], "held_out": 100}
     put_record(run_dir, corpus={"sha256": EARLIER["sha256"]})
     put_record(char, corpus=text, config={"tokenizer": "char", "seq_len": 1024}, parameters=2_500_000, seconds=75)
     put_record(char, steps=5000, tokens=2_560_000, final_loss=1.5)
@@ -588,6 +588,7 @@ def test_runs_with_held_out_text_are_told_from_records(run_dir, tmp_path, monkey
     found = [line.strip("| ").split(" | ") for line in lines if line.startswith("|")][2:]
     assert [row[0] for row in found] == ["earlier script, small", "earlier script, medium", "`home/out/char`"]
     assert found[0][1:] == [
+        "`data/input.txt`",
         "209,729 (0.86 MB)",
         "char",
         "32",
@@ -598,6 +599,7 @@ def test_runs_with_held_out_text_are_told_from_records(run_dir, tmp_path, monkey
     ]
     words = "**1.7500** at step 2,000, 1.8125 at the end"
     assert found[2][1:] == [
+        "`data/own.txt`",
         "2,500,000 (10.00 MB)",
         "char",
         "1,024",
