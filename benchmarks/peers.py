@@ -12,6 +12,7 @@ import tempfile
 from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
 import torch
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -33,17 +34,15 @@ def settings(args: argparse.Namespace, **changes) -> train.TrainConfig:
 def make_batcher(args: argparse.Namespace) -> train.TokenBatcher:
     """Batches of the bundled text, repeated where it is too short."""
     tokens = train.load_corpus(str(ROOT / "data" / "sample.txt"), train.load_tokenizer("gpt2")).tokens
-    tokens = torch.from_numpy(tokens.astype("int32"))
-    tokens = tokens.repeat(1 + (args.batch_size * args.seq_len + 1) // len(tokens))
-    return train.TokenBatcher(tokens.to(args.device), args.batch_size, args.seq_len)
+    tokens = np.tile(tokens, 1 + (args.batch_size * args.seq_len + 1) // len(tokens))
+    return train.TokenBatcher(tokens, args.batch_size, args.seq_len, device=args.device)
 
 
 def own(args: argparse.Namespace, batcher: train.TokenBatcher, **changes) -> Step:
     """train.py itself: its Trainer, with accumulation, clipping, optimizer and schedule."""
     config = settings(args, grad_accum=args.grad_accum, **changes)
     tokenizer, runtime = train.load_tokenizer("gpt2"), train.start_runtime(config)
-    tokens = batcher.tokens.cpu().numpy()
-    corpus = train.Corpus("benchmark", "", "", tokens, [])
+    corpus = train.Corpus("benchmark", "", "", 0, batcher.tokens)
     trainer = train.Trainer(config, corpus, tokenizer, runtime)
 
     def step() -> torch.Tensor:
@@ -91,7 +90,7 @@ def transformers_trainer(args: argparse.Namespace, batcher: train.TokenBatcher) 
     import transformers
 
     transformers.logging.set_verbosity_error()
-    batcher.tokens = batcher.tokens.cpu()  # where its data loader expects them
+    batcher.device = torch.device("cpu")  # where its data loader expects them
     turn, done, losses = threading.Semaphore(0), threading.Semaphore(0), []
 
     class Windows(torch.utils.data.IterableDataset):

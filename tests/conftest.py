@@ -69,11 +69,11 @@ def tiny(tmp_path):
 
 
 @pytest.fixture
-def make_trainer(tokenizer):
+def make_trainer():
     """make_trainer(config) -> a Trainer on the CPU that writes no file."""
 
     def make(config: train.TrainConfig) -> train.Trainer:
-        corpus = train.load_corpus(config.input_file, tokenizer)
+        tokenizer, corpus = train.load_text(config)
         return train.Trainer(config, corpus, tokenizer, train.start_runtime(config))
 
     return make

@@ -278,3 +278,17 @@ def test_a_port_that_is_taken_is_one_sentence(checkpoint, capsys):
     assert app.main(["--port", "99999"]) == 2
     if not train.device_present("cuda"):
         assert app.main(["--device", "cuda"]) == 2
+
+
+# ---- a model of characters ----
+
+
+def test_a_character_that_the_model_does_not_know_is_marked_at_the_prompt(tmp_path):
+    settings = {**TINY, "out_dir": str(tmp_path / "out"), "num_prompts": 0, "tokenizer": "char"}
+    train.train(train.TrainConfig(**settings))
+    page = app.Page(str(tmp_path / "out" / "checkpoints" / "last.pt"), "cpu", "off")
+    (update,) = updates(page, prompt="€")
+    prompt = update[app.MOST["num_samples"]]
+    assert "and not '€'" in prompt["info"] and prompt["elem_classes"] == ["wrong"]
+    assert updates(page, prompt="AMBROSE:")[-1][0]["value"].startswith("AMBROSE:")
+    app.build(page)  # without the example prompts that it can't read

@@ -94,7 +94,9 @@ def test_a_sound_configuration_passes(tiny):
         ({"out_dir": "x" * 5000}, "out_dir"),
         ({"resume": "auto", "overwrite": True}, "resume and overwrite exclude each other"),
         ({"input_file": "nowhere.txt"}, "input_file nowhere.txt doesn't exist"),
-        ({"input_file": "."}, "input_file . is a folder"),
+        ({"input_file": "assets"}, "input_file assets is a folder without .txt files"),
+        ({"input_file": ("data/sample.txt", "nowhere.txt")}, "input_file nowhere.txt doesn't exist"),
+        ({"input_file": ("data/sample.txt", 7)}, "input_file ('data/sample.txt', 7) isn't of type str"),
     ],
 )
 def test_each_problem_has_its_sentence(tiny, changes, sentence):
@@ -188,3 +190,10 @@ def test_no_flags_ever_end_in_a_traceback(pairs):
         assert str(e)
     except SystemExit as e:  # -h
         assert e.code == 0
+
+
+def test_input_file_may_be_given_several_times(tmp_path):
+    sample, license_ = str(train.HERE / "data" / "sample.txt"), str(train.HERE / "LICENSE")
+    flags = ["--input_file", sample, "--input_file", license_, "--out_dir", str(tmp_path / "out")]
+    assert train.config_from_flags(flags).input_file == (sample, license_)
+    assert train.config_from_flags(flags[2:]).input_file == license_

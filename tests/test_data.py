@@ -133,7 +133,7 @@ def test_a_bad_file_is_one_sentence(tmp_path, tokenizer, content, sentence):
 def test_a_missing_file_and_a_folder_are_told_apart(tmp_path, tokenizer):
     with pytest.raises(train.UsageError, match="doesn't exist"):
         train.load_corpus(str(tmp_path / "none.txt"), tokenizer)
-    with pytest.raises(train.UsageError, match="is a folder"):
+    with pytest.raises(train.UsageError, match=r"is a folder without .txt files"):
         train.load_corpus(str(tmp_path), tokenizer)
 
 
@@ -148,7 +148,7 @@ def test_the_second_start_takes_tokens_from_the_cache(tmp_path, tokenizer):
 
 @pytest.mark.parametrize("damage", [b"", b"not numpy", "half", "ids"])
 def test_a_damaged_cache_is_made_anew(tmp_path, tokenizer, damage):
-    tokens = load(tmp_path, PLAY.read_bytes(), tokenizer).tokens
+    tokens = load(tmp_path, PLAY.read_bytes(), tokenizer).tokens.copy()  # not of the file that is about to change
     (cached,) = (tmp_path / "cache").glob("*.npy")
     if damage == "half":
         cached.write_bytes(cached.read_bytes()[: cached.stat().st_size // 2])
@@ -218,3 +218,89 @@ def test_offline_the_error_names_the_bundled_text_and_the_place(tmp_path, tokeni
         monkeypatch.chdir(tmp_path)
         with pytest.raises(train.UsageError, match=r"put the file at data/input.txt yourself.*data/sample.txt"):
             train.load_corpus("data/input.txt", tokenizer)
+
+
+# ---- several texts, and large ones ----
+
+
+def write_all(folder, texts: dict[str, str]) -> None:
+    for name, text in texts.items():
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_text(text, encoding="utf-8")
+
+
+def test_a_folder_is_its_texts_in_order_with_the_end_of_text_token_between(tmp_path, tokenizer):
+    write_all(tmp_path / "in", {"b.txt": "Second.\n", "a.txt": "First.\n", "c/d.txt": "Third.", "no.md": "Not me."})
+    corpus = train.load_corpus(str(tmp_path / "in"), tokenizer)
+    first, second, third = map(tokenizer.encode, ("First.\n", "Second.\n", "Third."))
+    assert corpus.tokens.tolist() == [*first, 50256, *second, 50256, *third]
+    assert corpus.text == "First.\n<|endoftext|>Second.\n<|endoftext|>Third." and corpus.characters == 21
+    assert corpus.notes[0] == "3 files"
+
+
+def test_several_files_come_in_the_order_given_and_empty_ones_are_said(tmp_path, tokenizer):
+    write_all(tmp_path, {"a.txt": "", "b.txt": "B.\r\n", "c.txt": "C.\r\n"})
+    given = [str(tmp_path / name) for name in ("c.txt", "a.txt", "b.txt")]
+    corpus = train.load_corpus(given, tokenizer)
+    assert corpus.tokens.tolist() == [*tokenizer.encode("C.\n"), 50256, *tokenizer.encode("B.\n")]
+    assert corpus.notes[1:3] == ("line ends changed to \\n", f"{given[1]} is empty")
+    assert corpus.sha256 not in {train.load_corpus(order, tokenizer).sha256 for order in (given[::-1], given[:1])}
+    write_all(tmp_path, {"b.txt": "", "c.txt": " \n"})
+    with pytest.raises(train.UsageError, match="is empty"):
+        train.load_corpus(given, tokenizer)
+
+
+def test_each_bad_file_of_several_is_named(tmp_path):
+    (tmp_path / "folder").mkdir()
+    problems = train.input_problems((str(tmp_path / "folder"), str(PLAY), str(tmp_path / "none.txt")))
+    assert len(problems) == 2 and "folder without .txt files" in problems[0] and "none.txt doesn't exist" in problems[1]
+    write_all(tmp_path, {"folder/good.txt": "good"})
+    (tmp_path / "folder" / "bad.txt").write_bytes(b"caf\xe9")
+    with pytest.raises(train.UsageError, match=r"bad\.txt isn't UTF-8"):
+        train.load_corpus(str(tmp_path / "folder"), train.load_tokenizer())
+
+
+def test_characters_of_several_texts_have_an_end_of_text_of_their_own(tmp_path):
+    write_all(tmp_path / "in", {"a.txt": "ba", "b.txt": "ca"})
+    vocabulary = train.char_vocabulary(str(tmp_path / "in"))
+    assert vocabulary == ["a", "b", "c", "<|endoftext|>"]
+    corpus = train.load_corpus(str(tmp_path / "in"), train.load_tokenizer("char", vocabulary))
+    assert corpus.tokens.tolist() == [1, 0, 3, 2, 0]
+
+
+@pytest.mark.parametrize("piece", [1, 2, 3, 7])
+def test_a_text_read_in_pieces_is_the_same_text(tmp_path, tokenizer, monkeypatch, piece):
+    """Pieces end inside a character, a \\r\\n, the byte order mark."""
+    text = "Ä\r\nün\rterm€\n\U0001f642\r\n\r\n"
+    monkeypatch.setattr(train, "PIECE", piece)
+    corpus = load(tmp_path, b"\xef\xbb\xbf" + text.encode(), tokenizer)
+    plain = text.replace("\r\n", "\n").replace("\r", "\n")
+    assert corpus.text == plain and corpus.characters == len(plain)
+    assert tokenizer.decode(corpus.tokens.tolist()) == plain
+    with pytest.raises(train.UsageError, match=r"isn't UTF-8 \(byte 9\)"):
+        load(tmp_path, "Ä\r\nün\r".encode() + b"\n\xe9x", tokenizer)
+
+
+def test_of_a_long_text_the_beginning_is_kept_and_the_tokens_stay_on_the_disk(tmp_path, tokenizer, monkeypatch):
+    monkeypatch.setattr(train, "TEXT_KEPT", 100)
+    monkeypatch.setattr(train, "PIECE", 64)
+    text = PLAY.read_text(encoding="utf-8")
+    corpus = load(tmp_path, PLAY.read_bytes(), tokenizer)
+    assert corpus.text == text[:100] and corpus.characters == len(text)
+    assert isinstance(corpus.tokens, np.memmap) and tokenizer.decode(corpus.tokens.tolist()) == text
+    assert np.shares_memory(train.TokenBatcher(corpus.tokens, 1, 8).tokens, corpus.tokens)
+
+
+def test_no_more_pieces_are_read_than_are_worked_on(tokenizer):
+    """So that the memory for tokenizing doesn't grow with the text."""
+    read = []
+
+    def pieces():
+        for i in range(200):
+            read.append(i)
+            yield "a word "
+
+    for done, tokens in enumerate(train.encode_pieces(pieces(), tokenizer, 1400)):
+        assert len(read) - done <= 2 * torch.get_num_threads() + 1
+        assert len(tokens) == (3 if done < 200 else 0)
+    assert len(read) == 200

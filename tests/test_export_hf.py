@@ -211,3 +211,38 @@ def test_what_is_no_gpt2_is_one_sentence(run_dir, folder, tmp_path, capsys):
     assert "has a vocabulary of its own" in said("--import", odd, *steps)[1]
     code, err = said("--import", folder, *steps, "--n_layer", 5)
     assert code == 2 and "n_layer 5 isn't the model's 2" in err
+
+
+# ---- a model of characters ----
+
+
+@pytest.mark.parametrize("several", [False, True])
+def test_a_model_of_characters_is_loaded_with_its_own_tokens(tmp_path, several):
+    text = PLAY.read_text(encoding="utf-8")
+    given = str(PLAY)
+    if several:
+        (tmp_path / "in").mkdir()
+        for name in ("a.txt", "b.txt"):
+            (tmp_path / "in" / name).write_text(text[:2000], encoding="utf-8")
+        given, text = str(tmp_path / "in"), text[:2000]
+    out_dir, folder = tmp_path / "out", tmp_path / "hf"
+    settings = {**TINY, "out_dir": str(out_dir), "steps": 20, "num_prompts": 0, "tokenizer": "char"}
+    train.train(train.TrainConfig(**settings | {"input_file": given}))
+    assert export_hf.main(["--checkpoint", str(out_dir / "checkpoints" / "last.pt"), "--out_dir", str(folder)]) == 0
+    theirs = transformers.AutoTokenizer.from_pretrained(folder)
+    mine = train.saved_tokenizer(train.load_checkpoint(out_dir / "checkpoints" / "last.pt")["tokenizer"])
+    ids = theirs(text)["input_ids"]
+    assert ids == mine.encode(text) and theirs.decode(ids) == text
+    write = transformers.pipeline("text-generation", model=str(folder))
+    assert write.model.config.eos_token_id == (mine.vocab_size - 1 if several else None)
+    written = write("AMBROSE:\n", max_new_tokens=12, do_sample=False)[0]["generated_text"]
+    expected = ours(out_dir, "last.pt").generate(torch.tensor([mine.encode("AMBROSE:\n")]), 12, temperature=0)
+    assert written == mine.decode(expected[0].tolist())
+    with pytest.raises(Exception, match="UNK"):
+        theirs("€")
+
+
+def test_an_imported_model_has_gpt2s_tokens(folder, tmp_path, capsys):
+    flags = ["--import", str(folder), "--out_dir", str(tmp_path / "out"), "--tokenizer", "char", "--steps", "5"]
+    assert export_hf.main(flags) == 2
+    assert "tokenizer char conflicts with the model's" in capsys.readouterr().err

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 import os
 
@@ -289,3 +290,25 @@ def test_gradient_checkpoints_keep_fewer_activations():
         return sum(sizes)
 
     assert kept(True) < kept(False) / 2
+
+
+@pytest.mark.parametrize(
+    ("preset", "count"),
+    [
+        ("", 124_439_808),
+        ("gpt2-medium", 354_823_168),
+        ("gpt2-large", 774_030_080),
+        ("gpt2-xl", 1_557_611_200),
+        ("char-small", 206_272),
+        ("char-medium", 2_688_192),
+    ],
+)
+def test_presets_have_exactly_the_parameters_of_their_shape(preset, count):
+    config = dataclasses.replace(train.TrainConfig(), **train.PRESETS.get(preset, {}))
+    shape = train.GPTConfig(
+        vocab_size=65 if config.tokenizer == "char" else 50257,
+        **{name: getattr(config, name) for name in train.MODEL_FLAGS},
+    )
+    with torch.device("meta"):  # has shapes and no numbers
+        model = train.GPT(shape)
+    assert sum(p.numel() for p in model.parameters()) == train.count_parameters(shape) == count

@@ -199,3 +199,58 @@ def test_measuring_a_slow_cpu_ends_after_one_round(monkeypatch):
     config = train.GPTConfig(n_layer=1, n_embd=4, n_head=1, vocab_size=10)
     assert train.matmul_rate(config, 7, torch.float32) == pytest.approx(6 * 7 * (12 * 4 * 4 + 10 * 4) / 1500)
     assert next(ticks) < 100 * 40
+
+
+# ---- memory ----
+
+
+def small_memory(monkeypatch, gigabytes):
+    monkeypatch.setattr(train, "memory_of", lambda device: gigabytes and int(gigabytes * 1e9))
+
+
+GPT2 = train.GPTConfig()
+
+
+def test_what_cannot_fit_is_said_with_its_size_and_what_would(monkeypatch):
+    """124,439,808 parameters, in fp32: 16 bytes each to train, 12 for the copy that is written; 56 bytes for each of
+    768 numbers of 1,024 tokens in 12 blocks."""
+    small_memory(monkeypatch, 3)
+    with pytest.raises(train.UsageError) as caught:
+        train.check_memory(train.TrainConfig(), GPT2, runtime())
+    assert str(caught.value) == (
+        "training 124,439,808 parameters takes at least 4.0 GB (2.0 for weights, gradients and optimizer, 0.5 for"
+        " activations, 1.5 for the copy that is written as last.pt), and this machine has 3.0 GB: choose a model of at"
+        " most 96 million parameters"
+    )
+    small_memory(monkeypatch, 4.1)
+    train.check_memory(train.TrainConfig(), GPT2, runtime())
+    with pytest.raises(
+        train.UsageError, match=r"4\.5 GB .*: lower --batch_size or --seq_len, or add --grad_checkpoint"
+    ):
+        train.check_memory(train.TrainConfig(batch_size=8), GPT2, runtime())
+    train.check_memory(train.TrainConfig(batch_size=8, grad_checkpoint=True), GPT2, runtime())
+    train.check_memory(train.TrainConfig(batch_size=8), GPT2, runtime(torch.bfloat16))
+
+
+def test_several_processes_share_a_machine(monkeypatch):
+    small_memory(monkeypatch, 15)
+    train.check_memory(train.TrainConfig(), GPT2, runtime())
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "4")
+    with pytest.raises(train.UsageError, match=r"at least 16\.1 GB .* in each of 4 processes"):
+        train.check_memory(train.TrainConfig(), GPT2, runtime())
+
+
+def test_a_machine_that_does_not_say_what_it_has_is_tried(monkeypatch):
+    small_memory(monkeypatch, None)
+    train.check_memory(train.TrainConfig(batch_size=10**6), GPT2, runtime())
+
+
+def test_this_machine_says_what_it_has():
+    assert 10**8 < train.memory_of(CPU) < 10**14
+
+
+def test_a_model_that_cannot_fit_leaves_nothing_behind(tiny, tmp_path, monkeypatch):
+    small_memory(monkeypatch, 0.001)
+    with pytest.raises(train.UsageError, match="takes at least"):
+        train.train(tiny())
+    assert not (tmp_path / "out").exists()

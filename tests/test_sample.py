@@ -266,3 +266,34 @@ def test_a_checkpoint_that_lacks_its_shape_is_one_sentence(checkpoint, tmp_path,
         torch.save(content | {part: value}, tmp_path / "odd.pt")
         code, _, err = call(capsys, str(tmp_path / "odd.pt"))
         assert code == 1 and "lacks what a model needs" in err and err.count("\n") == 1
+
+
+# ---- a model of characters ----
+
+
+@pytest.fixture(scope="module")
+def characters(tmp_path_factory):
+    out_dir = tmp_path_factory.mktemp("characters") / "out"
+    train.train(train.TrainConfig(**{**TINY, "out_dir": str(out_dir), "num_prompts": 0, "tokenizer": "char"}))
+    return str(out_dir / "checkpoints" / "last.pt")
+
+
+def test_a_model_of_characters_writes_characters_of_its_text(characters, capsys):
+    code, out, err = call(capsys, characters, "--prompt", "AMBROSE:", "--max_new_tokens", 30)
+    assert code == 0 and out.startswith("AMBROSE:") and len(out) == len("AMBROSE:") + 30 + 1
+    assert "30 tokens in" in err
+
+
+def test_a_character_that_it_does_not_know_is_one_sentence(characters, capsys):
+    code, out, err = call(capsys, characters, "--prompt", "€")
+    assert (code, out) == (2, "") and err.count("\n") == 1 and "and not '€': leave them out of the prompt" in err
+
+
+def test_where_the_text_has_no_line_break_an_empty_prompt_is_its_first_character(characters, tmp_path, capsys):
+    content = train.load_checkpoint(characters)
+    vocabulary = ["\r" if c == "\n" else c for c in content["tokenizer"]["vocabulary"]]
+    changed = {"tokenizer": content["tokenizer"] | {"vocabulary": vocabulary}}
+    torch.save(content | changed | {"config": content["config"] | {"prompt": "€"}}, tmp_path / "odd.pt")
+    assert sample.Writer(tmp_path / "odd.pt", "cpu", "off").trained_prompt == vocabulary[0]
+    assert call(capsys, str(tmp_path / "odd.pt"), "--max_new_tokens", 3)[0] == 0
+    assert call(capsys, str(tmp_path / "odd.pt"), "--max_new_tokens", 3, "--prompt", "")[0] == 0

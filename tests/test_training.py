@@ -231,7 +231,7 @@ def test_the_proof_counts_each_target_once(tiny, make_trainer):
     assert sorted(losses) == list(range(1, len(tokens)))
     expected = sum(losses.values()) / len(losses)
     trainer.model.train()  # which the proof must not take over, with its dropout
-    assert trainer.evaluate(lambda: None) == pytest.approx(expected, rel=1e-6)
+    assert trainer.evaluate(lambda: None, trainer.batcher) == pytest.approx(expected, rel=1e-6)
 
 
 def test_the_run_stops_when_the_target_is_proven(tiny):
@@ -347,7 +347,7 @@ class Parrot(torch.nn.Module):
 
 def test_recall_is_the_share_of_tokens_that_greedy_decoding_gives(tiny, make_trainer):
     def recall(tokens, known=0):
-        trainer.corpus = dataclasses.replace(trainer.corpus, tokens=np.array(tokens, dtype=np.uint16))
+        trainer.batcher.tokens = np.array(tokens, dtype=np.uint16)
         trainer.model = Parrot(tokens, known)
         return trainer.recall(lambda: None)
 
@@ -368,7 +368,7 @@ def test_recall_is_that_of_the_model_itself(tiny, make_trainer):
     start = torch.tensor([[5, 99, 1000]])
     text = trainer.model.generate(start, 300, temperature=0)[0].numpy()
     text[100:140] = np.arange(40)
-    trainer.corpus = dataclasses.replace(trainer.corpus, tokens=text.astype(np.uint16))
+    trainer.batcher.tokens = text.astype(np.uint16)
     right = 0
     for i in random.Random(1337).sample(range(len(text) - 63), 70):
         row = torch.from_numpy(text[i : i + 32].astype(np.int64))[None]
@@ -448,7 +448,7 @@ def test_the_estimate_is_what_is_left_over_the_speed(
 def test_a_published_run_is_known_by_its_settings_and_its_text(tokenizer, name):
     settings = dataclasses.replace(train.TrainConfig(), **train.PRESETS[name])
     sha256, needed = train.PUBLISHED[name]
-    corpus = train.Corpus("text.txt", sha256, "", np.zeros(1, dtype=np.uint16))
+    corpus = train.Corpus("text.txt", sha256, "", 0, np.zeros(1, dtype=np.uint16))
     same = dataclasses.replace(settings, out_dir="elsewhere", save_every=7).resolved(10, 1)
     a_step = same.batch_size * same.seq_len * same.grad_accum
     assert train.published_tokens(same, corpus, a_step) == needed
@@ -550,7 +550,7 @@ def test_an_ending_that_was_cut_short_is_made_up_for(tiny, tmp_path, monkeypatch
     settings = {"log_every": 7, "save_every": 1000, "sample_every": 20, **settings}
     whole = train.train(tiny(out_dir=str(tmp_path / "whole"), **settings))
 
-    def stopped(self, poll):
+    def stopped(self, *args, **options):
         raise train.Stopped
 
     with monkeypatch.context() as patch:
@@ -565,15 +565,17 @@ def test_an_ending_that_was_cut_short_is_made_up_for(tiny, tmp_path, monkeypatch
 
 
 def test_a_proof_can_be_stopped(tiny, make_trainer):
+    trainer = make_trainer(tiny())
+
     def poll():
         raise train.Stopped
 
     with pytest.raises(train.Stopped):
-        make_trainer(tiny()).evaluate(poll)
+        trainer.evaluate(poll, trainer.batcher)
 
 
 def test_a_fault_in_the_proof_loses_nothing(tiny, tmp_path, monkeypatch):
-    def fault(self, poll):
+    def fault(self, *args):
         raise RuntimeError("the device fell off the bus")
 
     monkeypatch.setattr(train.Trainer, "evaluate", fault)
@@ -833,3 +835,62 @@ def test_a_damaged_header_costs_no_row(tiny, tmp_path, damage, older):
     file.write_text(damage + "".join((line.rsplit(",", 1)[0] if older else line) + "\n" for line in lines))
     train.train(tiny(steps=6, save_every=2, resume="auto"))
     assert [row["step"] for row in rows_of(tmp_path / "out")] == ["1", "2", "3", "4", "5", "6"]
+
+
+# ---- characters ----
+
+
+CHARS = {"tokenizer": "char", "prompt": "AMBROSE:\n"}
+
+
+def test_a_model_of_characters_trains_resumes_and_keeps_its_vocabulary(tiny, tmp_path):
+    text = PLAY.read_text(encoding="utf-8")
+    train.train(tiny(**CHARS, steps=12, save_every=6, num_prompts=2))
+    last, previous = (tmp_path / "out" / "checkpoints" / name for name in ("last.pt", "previous.pt"))
+    state = train.load_checkpoint(last)
+    assert state["tokenizer"] == {"name": "char", "vocab_size": len(set(text)), "vocabulary": sorted(set(text))}
+    assert state["model_config"]["vocab_size"] == len(set(text))
+    assert train.main(["--resume", str(previous)]) == 0  # which takes the tokenizer from the checkpoint
+    assert same_weights(state["model"], train.load_checkpoint(last)["model"])
+    record = json.loads((tmp_path / "out" / "run.json").read_text())
+    assert record["corpus"]["tokens"] == len(text)
+
+
+def test_an_unknown_character_in_a_prompt_is_said_before_anything_is_written(tiny, tmp_path):
+    with pytest.raises(train.UsageError, match="not '€': leave them out of the prompt"):
+        train.train(tiny(tokenizer="char", prompt="€"))
+    assert not (tmp_path / "out").exists()
+
+
+def test_the_default_prompt_goes_where_the_text_lacks_its_characters(tmp_path, tiny, make_trainer):
+    (tmp_path / "digits.txt").write_text("0123456789\n\n" * 30)
+    trainer = make_trainer(tiny(tokenizer="char", input_file=str(tmp_path / "digits.txt")))
+    assert trainer.prompts() and all(set(prompt) <= set("0123456789\n") for prompt in trainer.prompts())
+
+
+def test_resuming_with_another_tokenizer_is_a_conflict(tiny, tmp_path):
+    train.train(tiny(**CHARS))
+    with pytest.raises(train.UsageError, match="tokenizer gpt2 conflicts with the checkpoint's char"):
+        train.train(tiny(prompt=CHARS["prompt"], resume="auto"))
+
+
+def test_several_texts_are_trained_on_and_resumed(tmp_path, tiny):
+    (tmp_path / "more.txt").write_text("FINIS\n" * 20)
+    given = (str(PLAY), str(tmp_path / "more.txt"))
+    train.train(tiny(input_file=given, steps=6, save_every=3))
+    assert train.main(["--resume", str(tmp_path / "out" / "checkpoints" / "previous.pt")]) == 0
+    with pytest.raises(train.UsageError, match="isn't the checkpoint's text"):
+        train.train(tiny(input_file=given[::-1], resume="auto"))
+
+
+def test_recall_asks_for_nothing_held_out(tiny, make_trainer, monkeypatch):
+    trainer, seen = make_trainer(tiny(val_fraction=0.5, seq_len=64, recall_places=500)), set()
+
+    def stream(self, rows, *args, **kwargs):
+        seen.update(tuple(row) for row in rows.tolist())
+        return iter([])
+
+    monkeypatch.setattr(train.GPT, "stream", stream)
+    trainer.recall(lambda: None)
+    held = trainer.held_out.tokens.tolist()
+    assert len(seen) == 500 and not seen & {tuple(held[i : i + 32]) for i in range(len(held) - 31)}

@@ -559,11 +559,72 @@ def test_a_run_on_a_text_of_its_own_is_compared_with_nothing(run_dir, tmp_path):
 
 
 def test_earlier_runs_add_up():
-    assert all((ROOT / name / "run.json").is_file() for name in EARLIER["published"])
+    assert all((ROOT / name / "run.json").is_file() for name in EARLIER["published"] + EARLIER["held_out"])
     (steps, _) = EARLIER["runs"]
     assert steps["tokens"] == steps["steps"] * steps["tokens_per_step"] == steps["points"][-1][0]
     at = [200, 1000, 2000, 3000, 4000, 5000, 6000, 6702]
     assert [tokens for tokens, _ in steps["points"]] == [2048 * step for step in at]
+
+
+def test_runs_with_held_out_text_are_told_from_records(run_dir, tmp_path, monkeypatch):
+    """Earlier ones, published ones, and this one if it held text out; the picture is the largest model's."""
+    readme = write_readme(tmp_path, "SUMMARY", "HELDOUT")
+    home = tmp_path / "home"
+    (home / "benchmarks").mkdir(parents=True)
+    known = EARLIER | {"held_out": ["out/char", "out/not_there"]}
+    (home / "benchmarks" / "earlier_runs.json").write_text(json.dumps(known))
+    monkeypatch.setattr(update_readme, "HERE", home)
+    char = shutil.copytree(run_dir, home / "out" / "char")
+    text = {"file": "data/own.txt", "sha256": EARLIER["sha256"], "held_out": 100}
+    put_record(run_dir, corpus={"sha256": EARLIER["sha256"]})
+    put_record(char, corpus=text, config={"tokenizer": "char", "seq_len": 1024}, parameters=2_500_000, seconds=75)
+    put_record(char, steps=5000, tokens=2_560_000, final_loss=1.5)
+    rows = [(1000, 2.5), (2000, 1.75), (5000, 1.8125)]
+    (char / "logs" / "train_metrics.csv").write_text(
+        "step,loss,val_loss\n" + "".join(f"{step},2.0,{loss}\n{step + 1},2.0,\n" for step, loss in rows)
+    )
+    assert update() == 0
+    lines = block(readme, "HELDOUT").split("\n")
+    found = [line.strip("| ").split(" | ") for line in lines if line.startswith("|")][2:]
+    assert [row[0] for row in found] == ["earlier script, small", "earlier script, medium", "`home/out/char`"]
+    assert found[0][1:] == [
+        "`data/input.txt`",
+        "209,729 (0.86 MB)",
+        "char",
+        "32",
+        "5,000 of 512 tokens",
+        "not on record",
+        "1.6658",
+        "1.8275",
+    ]
+    words = "**1.7500** at step 2,000, 1.8125 at the end"
+    assert found[2][1:] == [
+        "`data/own.txt`",
+        "2,500,000 (10.00 MB)",
+        "char",
+        "1,024",
+        "5,000 of 512 tokens",
+        "1 min 15 s",
+        "1.5000",
+        words,
+    ]
+    assert "val_loss was lowest at step 2000, 1.75, and 1.812 at the end" in lines[-1]
+    assert "(assets/heldout.svg)" in lines[-1] and "over all of the text but what was held out is 1.5" in lines[-1]
+    assert ">val_loss (held out)<" in (tmp_path / "assets" / "heldout.svg").read_text()
+    assert update("--check") == 0 and "over the whole text" in block(readme, "SUMMARY")
+    put_record(run_dir, corpus=text)
+    shutil.copy(char / "logs" / "train_metrics.csv", run_dir / "logs" / "train_metrics.csv")
+    assert update() == 0
+    assert "over all of the text but what was held out: " in block(readme, "SUMMARY")
+    assert "Best val_loss: **1.750000** at step **2000**" in block(readme, "SUMMARY")
+    assert "| `out/own` | " in block(readme, "HELDOUT")
+    assert_sound_markdown(readme.read_text())
+
+
+def test_without_any_run_with_held_out_text_it_says_so(run_dir, tmp_path):
+    readme = write_readme(tmp_path, "HELDOUT")
+    assert update() == 0
+    assert block(readme, "HELDOUT") == "No run with held-out text is on record."
 
 
 @pytest.mark.parametrize("config", [{"recall_places": 40}, {}])
@@ -1008,7 +1069,7 @@ def test_a_readme_and_its_pictures_elsewhere(run_dir, tmp_path):
 def test_blocks_that_the_readme_lacks_are_named(run_dir, tmp_path, capsys):
     write_readme(tmp_path, "SUMMARY", "LOGS", "METRICS", "SAMPLES")
     assert update() == 0
-    assert "README.md has no block CURVE, REPRODUCE, COMPARE, FLAGS: left alone\n" in capsys.readouterr().out
+    assert "README.md has no block CURVE, REPRODUCE, COMPARE, HELDOUT, FLAGS: left alone\n" in capsys.readouterr().out
 
 
 def test_usage_errors(run_dir, tmp_path, capsys):
