@@ -271,6 +271,8 @@ def import_folder(folder: Path, out_dir: str, flags: Sequence[str]) -> None:
         raise train.UsageError(*said)
     print(f"Reading {folder} ...", flush=True)
     weights = read_weights(folder)
+    if shape["block_size"] < train.TrainConfig.seq_len and "seq_len" not in given:
+        shape["seq_len"] = shape["block_size"]  # the longest windows that it can read
     config = train.config_from_flags([*flags, "--out_dir", out_dir, *(f"--{k}={v}" for k, v in shape.items())])
     if config.tokenizer != "gpt2":
         raise train.UsageError("tokenizer char conflicts with the model's, which is GPT-2's: leave --tokenizer out")

@@ -3004,8 +3004,10 @@ def build_parser() -> argparse.ArgumentParser:
         if f.type == "bool":
             group.add_argument(f"--{f.name}", action=argparse.BooleanOptionalAction, **options)
         else:
-            choices = ",".join(c for c in f.metadata.get("choices", ()) if c)
-            metavar = f"{{{choices}}}" if choices else f.type.split()[0].upper()
+            choices = [c for c in f.metadata.get("choices", ()) if c]
+            metavar = f"{{{','.join(choices)}}}" if choices else f.type.split()[0].upper()
+            if len(metavar) > 60:  # with the flag it has to stand on one line
+                metavar, options["help"] = "NAME", f"{text}: {', '.join(choices)}"
             several = {"action": "append"} if "tuple" in f.type else {}
             group.add_argument(f"--{f.name}", metavar=metavar, **options, **several)
     return parser

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import functools
 import json
 import logging
 import os
@@ -435,7 +436,8 @@ def test_random_bytes_in_any_file_of_a_run_give_no_traceback(tmp_path_factory, s
     assert isinstance(run_dir.read_record(), dict)
     (root / "ids.npy").write_bytes(data)
     tokenizer = train.Tokenizer("x", 300, lambda text: list(text.encode()), None)
-    assert train.cached_tokens(root / "ids.npy", "text", tokenizer)[0].tolist() == list(b"text")
+    encoded = functools.partial(train.encode_pieces, ["text"], tokenizer, 4)
+    assert train.cached_tokens(root / "ids.npy", encoded, 300)[0].tolist() == list(b"text")
     (root / "text").write_bytes(data)
     with contextlib.suppress(train.UsageError):
         assert train.load_corpus(str(root / "text"), tokenizer, str(root)).text.strip()

@@ -227,9 +227,9 @@ def test_what_cannot_fit_is_said_with_its_size_and_what_would(monkeypatch):
     with pytest.raises(
         train.UsageError, match=r"4\.5 GB .*: lower --batch_size or --seq_len, or add --grad_checkpoint"
     ):
-        train.check_memory(train.TrainConfig(batch_size=8), GPT2, runtime())
-    train.check_memory(train.TrainConfig(batch_size=8, grad_checkpoint=True), GPT2, runtime())
-    train.check_memory(train.TrainConfig(batch_size=8), GPT2, runtime(torch.bfloat16))
+        train.check_memory(train.TrainConfig(batch_size=8, seq_len=256), GPT2, runtime())
+    train.check_memory(train.TrainConfig(batch_size=8, seq_len=256, grad_checkpoint=True), GPT2, runtime())
+    train.check_memory(train.TrainConfig(batch_size=8, seq_len=256), GPT2, runtime(torch.bfloat16))
 
 
 def test_several_processes_share_a_machine(monkeypatch):

@@ -256,7 +256,7 @@ def test_the_target_is_strict(tiny, make_trainer):
     loop = train.Loop(make_trainer(tiny(target_loss=5.0)), None, train.logging.Logger("x"), train.StopSignals(), "")
     loop.trainer.batcher.position = loop.trainer.batcher.n_batches
     loop.save = lambda: None
-    loop.trainer.evaluate = lambda poll: 4.0
+    loop.trainer.evaluate = lambda *_: 4.0
     assert not loop.target_proven(5.0)
     assert loop.target_proven(4.999)
 
@@ -264,7 +264,7 @@ def test_the_target_is_strict(tiny, make_trainer):
 def test_a_failed_proof_lets_the_run_go_on(tiny, monkeypatch):
     proofs = []
 
-    def evaluate(self, poll):
+    def evaluate(self, poll, batcher, first):
         proofs.append(self.step)
         return 2000.0 if len(proofs) < 3 else 1.0
 
@@ -637,7 +637,7 @@ def test_auto_begins_anew_only_what_left_no_result(tiny, tmp_path):
 def test_a_target_met_by_the_last_step_is_reached(tiny, tmp_path, monkeypatch):
     proofs = []
 
-    def evaluate(self, poll):
+    def evaluate(self, poll, batcher, first):
         proofs.append(self.step)
         return 2000.0 if self.step == 40 else 1.0
 
