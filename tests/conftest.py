@@ -44,6 +44,7 @@ TINY = {
     "recall_places": 2,
     "device": "cpu",
     "amp": "off",
+    "no_mfu": True,  # half a second a run
 }
 
 
@@ -82,7 +83,8 @@ def make_trainer():
 def tiny_flags(out_dir, **changes) -> list[str]:
     """TINY as a command line."""
     settings = {"out_dir": str(out_dir), **TINY, **changes}
-    return [part for name, value in settings.items() for part in (f"--{name}", str(value))]
+    pairs = [(f"--{name}", str(value)) if value is not True else (f"--{name}",) for name, value in settings.items()]
+    return [part for pair in pairs for part in pair]
 
 
 def rows_of(out_dir) -> list[dict[str, str]]:

@@ -27,7 +27,7 @@ def finished(tmp_path_factory):
     from conftest import TINY
 
     out = tmp_path_factory.mktemp("run") / "out"
-    settings = {"out_dir": str(out), "steps": 20, "log_every": 8, "sample_every": 2}
+    settings = {"out_dir": str(out), "steps": 20, "log_every": 8, "sample_every": 2, "no_mfu": False}
     config = train.TrainConfig(**{**TINY, **settings})
     train.train(config, command="python train.py --steps 20")
     return out
@@ -97,7 +97,7 @@ def test_rows_of_an_older_file_without_mfu_stay(tiny, tmp_path):
     file = tmp_path / "out" / "logs" / "train_metrics.csv"
     before = rows_of(tmp_path / "out")
     file.write_text("".join(line.rsplit(",", 1)[0] + "\n" for line in file.read_text().splitlines()))
-    train.train(tiny(steps=6, save_every=2, resume="auto"))
+    train.train(tiny(steps=6, save_every=2, resume="auto", no_mfu=False))
     rows = rows_of(tmp_path / "out")
     assert [row["step"] for row in rows] == ["1", "2", "3", "4", "5", "6"]
     assert [row["loss"] for row in rows[:4]] == [row["loss"] for row in before]

@@ -276,7 +276,7 @@ def test_a_failed_proof_lets_the_run_go_on(tiny, monkeypatch):
 
 def test_tokens_a_second_are_over_the_wall_clock_of_the_window(tiny, tmp_path):
     train.train(tiny(steps=60, log_every=20, save_every=15))
-    rows = [{k: float(v) for k, v in row.items()} for row in rows_of(tmp_path / "out")]
+    rows = [{k: float(v) for k, v in row.items() if k != "mfu"} for row in rows_of(tmp_path / "out")]
     for before, row in itertools.pairwise(rows):
         window = row["elapsed_s"] - before["elapsed_s"]
         assert row["tok_per_s"] == pytest.approx((row["tokens"] - before["tokens"]) / window, rel=0.1)
