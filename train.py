@@ -149,17 +149,17 @@ class TrainConfig:
     batch_size: int = flag(1, "B: windows in a micro-batch (lower it when memory runs out)", "Training", least=1)
     seq_len: int = flag(1024, "T: tokens in a window, at most block_size", least=1)
     grad_accum: int = flag(1, "micro-batches whose gradients are averaged into one step", least=1)
-    steps: int | None = flag(4600, "optimizer steps; the learning rate's curve ends with them", least=1)
+    steps: int | None = flag(4000, "optimizer steps; the learning rate's curve ends with them", least=1)
     epochs: float | None = flag(None, "passes over the corpus, in place of steps", above=0, below=10**6)
     steps_per_epoch: int | None = flag(None, "steps in an epoch (default: a pass over the corpus)", least=1)
     target_loss: float = flag(0.1, "stop once avg_loss, then final_loss, is under this (0: never)", least=0)
     optimizer: str = flag("adamw", "muon: for the blocks' matrices, AdamW for the rest", choices=("adamw", "muon"))
     lr: float = flag(3e-5, "peak learning rate", above=0)
-    embed_lr: float = flag(1.2e-3, "peak learning rate of the embeddings (0: as lr)", least=0)
+    embed_lr: float = flag(3e-3, "peak learning rate of the embeddings (0: as lr)", least=0)
     warmup_steps: int | None = flag(None, "steps to the peak (default: a tenth of steps, at most 300)", least=0)
     weight_decay: float = flag(0.0, "decay of matrices; biases and LayerNorms have none", least=0)
     beta1: float = flag(0.5, "AdamW's memory of the gradient, and Muon's", least=0, below=1)
-    beta2: float = flag(0.95, "AdamW's memory of its square", least=0, below=1)
+    beta2: float = flag(0.999, "AdamW's memory of its square", least=0, below=1)
     clip_grad: float = flag(1.0, "gradient norm to scale down to (0: no clipping)", least=0)
 
     eval_every: int | None = flag(
@@ -277,6 +277,7 @@ PRESETS: dict[str, dict] = {
         "lr": 2.5e-3,
         "embed_lr": 2.5e-3,
         "beta1": 0.9,
+        "beta2": 0.95,
         "warmup_steps": 60,
         "save_every": 50,
     },
@@ -289,6 +290,7 @@ PRESETS: dict[str, dict] = {
         "lr": 6e-6,
         "embed_lr": 5e-3,
         "beta1": 0.8,
+        "beta2": 0.95,
         "save_every": 100,
         "prompt": "AMBROSE:\nCome in, and shut the door",
         "temperature": 0.5,  # to recite; at 0.9 a sample soon leaves the text
@@ -308,6 +310,7 @@ PRESETS: dict[str, dict] = {
         "lr": 1e-2,
         "embed_lr": 1e-2,
         "beta1": 0.95,
+        "beta2": 0.95,
         "randomize_batches": True,
         "target_loss": 0.0,
         "best_by": "val",
@@ -328,6 +331,7 @@ PRESETS: dict[str, dict] = {
         "lr": 5e-3,
         "embed_lr": 5e-3,
         "beta1": 0.95,
+        "beta2": 0.95,
         "randomize_batches": True,
         "target_loss": 0.0,
         "best_by": "val",
