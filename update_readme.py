@@ -620,7 +620,7 @@ def held_out(run: Run) -> str:
         "Run",
         "Text",
         "Parameters",
-        "Tokens",
+        "Tokenizer",
         "Context",
         "Steps",
         "Time",
@@ -672,9 +672,16 @@ def flags(source: Path) -> str:
         ) from None
     lines = [table(("Flag", "Default", "What it does"), rows), ""]
     for name, settings in presets:
-        words = [word for key, value in settings for word in (f"--{key}", str(value).replace("\n", r"\n"))]
+        words = [word for key, value in settings for word in flag_words(key, value)]
         lines.append(f"`--preset {name}` stands for {code(shlex.join(words)) if words else 'the defaults'}.")
     return "\n".join(lines)
+
+
+def flag_words(key: str, value) -> list[str]:
+    """A setting as it is typed."""
+    if isinstance(value, bool):
+        return [f"--{key}" if value else f"--no-{key}"]
+    return [f"--{key}", str(value).replace("\n", r"\n")]
 
 
 def flag_rows(config: ast.ClassDef) -> Iterator[tuple[str, str, str]]:

@@ -254,9 +254,13 @@ def test_flags_are_those_of_train_config(run_dir, tmp_path):
         choices = " or ".join(c for c in f.metadata.get("choices", ()) if c)
         expected.append((f"--{f.name}", default, f.metadata["help"] + (f" ({choices})" if choices else "")))
     assert rows == expected
-    for name, preset in train.PRESETS.items():
-        assert f"--preset {name} stands for" in cells[-1]
-        assert all(f"--{key} " in cells[-1] for key in preset)
+    assert "`--preset shakespeare` stands for the defaults.\n" in block(readme, "FLAGS")
+    said = re.findall(r"^`--preset (\S+)` stands for `(.*)`\.$", block(readme, "FLAGS"), re.M)
+    assert [name for name, _ in said] == [name for name, preset in train.PRESETS.items() if preset]
+    for name, words in said:  # typed as they stand there, they are the preset
+        typed, problems = train.read_flags(shlex.split(words))
+        typed = {key: train.unescape(value) if key == "prompt" else value for key, value in typed.items()}
+        assert typed == train.PRESETS[name] and not problems
 
 
 def plain_text(token) -> str:
