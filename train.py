@@ -3,7 +3,7 @@
     python train.py --preset demo                                    # the bundled play: no GPU, no network, minutes
     python train.py --input_file data/input.txt                      # tiny Shakespeare, fetched on first use
     python train.py --resume out/checkpoints/last.pt                 # go on exactly where a run stopped
-    torchrun --nproc_per_node=4 train.py --batch_size 1              # the same on four GPUs, one process each
+    torchrun --nproc_per_node=4 train.py --steps 1000                # on four GPUs: a process, and a window, each
 
 Everything is in this file, in the order in which it happens: configuration, tokenizer, data, model, device and
 precision, optimizer and schedule, run directory, training loop, command line. A run writes its run directory and, to
@@ -150,7 +150,7 @@ class TrainConfig:
     seq_len: int = flag(1024, "T: tokens in a window, at most block_size", least=1)
     grad_accum: int = flag(1, "micro-batches whose gradients are averaged into one step", least=1)
     steps: int | None = flag(4000, "optimizer steps; the learning rate's curve ends with them", least=1)
-    epochs: float | None = flag(None, "passes over the corpus, in place of steps", above=0, below=10**6)
+    epochs: float | None = flag(None, "in place of steps: passes, or epochs of steps_per_epoch", above=0, below=10**6)
     steps_per_epoch: int | None = flag(None, "steps in an epoch (default: a pass over the corpus)", least=1)
     target_loss: float = flag(0.1, "stop once avg_loss, then final_loss, is under this (0: never)", least=0)
     optimizer: str = flag("adamw", "muon: for the blocks' matrices, AdamW for the rest", choices=("adamw", "muon"))
@@ -755,6 +755,7 @@ class TokenBatcher:
             raise UsageError(self.too_short())
         self.n_batches = math.ceil(self.n_targets / self.batch_tokens)
         self.position = 0  # batches taken so far, by all processes together
+        self.order: tuple[int, torch.Tensor | None] = (-1, None)  # an epoch, and the batches as it has them
 
     def too_short(self) -> str:
         fits = f"--seq_len {self.seq_len} --batch_size {self.n_targets // self.seq_len}"
@@ -770,9 +771,11 @@ class TokenBatcher:
         epoch, i = divmod(k, self.n_batches)
         if not self.shuffle:
             return i
-        # Two large primes keep the passes' generators apart from each other and from neighbouring seeds'.
-        generator = torch.Generator().manual_seed((self.seed * 1_000_003 + epoch * 7_919) % 2**63)
-        return int(torch.randperm(self.n_batches, generator=generator)[i])
+        if self.order[0] != epoch:
+            # Two large primes keep the passes' generators apart from each other and from neighbouring seeds'.
+            generator = torch.Generator().manual_seed((self.seed * 1_000_003 + epoch * 7_919) % 2**63)
+            self.order = epoch, torch.randperm(self.n_batches, generator=generator)
+        return int(self.order[1][i])
 
     def batch(self, index: int) -> tuple[torch.Tensor, torch.Tensor]:
         """(idx, targets), both (B, T) int64 on the device, for a batch of the corpus."""
@@ -979,8 +982,8 @@ class GPT(nn.Module):
 
     @torch.no_grad()
     def init_weights(self, generator: torch.Generator | None) -> None:
-        """GPT-2's: N(0, 0.02), zero biases, and the 2 * n_layer projections that write to the residual stream scaled
-        down so that its variance doesn't grow with depth (GPT-2 paper, section 2.3)."""
+        """As in transformers' GPT-2: N(0, 0.02), zero biases, and the 2 * n_layer projections that write to the
+        residual stream scaled down so that its variance doesn't grow with depth (GPT-2 paper, section 2.3)."""
         for name, p in self.named_parameters():
             if name.endswith("bias"):
                 p.zero_()
@@ -1119,7 +1122,7 @@ class Runtime:
 
     def describe_precision(self) -> str:
         if self.amp_dtype is None:
-            return "fp32"
+            return "fp32 with TF32 products" if self.device.type == "cuda" else "fp32"
         name = str(self.amp_dtype).removeprefix("torch.")
         return f"{name} autocast" + (" with loss scaling" if self.scaler else "")
 
@@ -2184,7 +2187,7 @@ class Trainer:
     def avg_loss(self) -> float:
         """Mean training loss of the last pass: of each batch once (before a first full pass: of those seen)."""
         seen = max(1, min(self.batcher.position, self.batcher.n_batches))
-        return self.losses.cpu().double().sum().item() / seen
+        return self.losses.cpu().sum(dtype=torch.float64).item() / seen
 
     def score(self) -> float:
         """What best.pt is chosen by: lower is better, and infinite as long as there is nothing to go by."""
