@@ -34,7 +34,7 @@ def main() -> None:
     initial = train.GPT(train.GPTConfig(**state["model_config"]), torch.Generator().manual_seed(config.seed))
     before, now = initial.transformer.wte.weight.detach(), state["model"]["transformer.wte.weight"]
     print(f"{args.checkpoint}, step {state['step']}\n")
-    print("| times in the text | tokens | length of a row | moved by | the way in common |")
+    print("| times in the text | tokens | length of a row | rows moved by | all together by |")
     print("| ---: | ---: | ---: | ---: | ---: |")
     for least, most in TIMES:
         rows = (count >= least) & (count <= (count.max() if most is None else most))
