@@ -344,7 +344,10 @@ PRESETS: dict[str, dict] = {
 
 
 # The published runs of presets: SHA-256 of the text, and tokens of training until the target was met.
-PUBLISHED = {"demo": ("1146f70aef9838574e107e4aee1fe90a1288fa20fdfca8f51790384e63939e86", 21_760)}
+PUBLISHED = {
+    "demo": ("1146f70aef9838574e107e4aee1fe90a1288fa20fdfca8f51790384e63939e86", 21_760),
+    "muon": ("86c4e6aa9db7c042ec79f339dcb96d42b0075e16b8fc2e86bf0ca57e2dc565ed", 3_743_744),
+}
 RECIPE = (
     "optimizer seq_len lr embed_lr steps warmup_steps weight_decay beta1 beta2 clip_grad target_loss randomize_batches"
 )
