@@ -3,7 +3,7 @@
     python train.py --preset demo                                    # the bundled play: no GPU, no network, minutes
     python train.py --input_file data/input.txt                      # tiny Shakespeare, fetched on first use
     python train.py --resume out/checkpoints/last.pt                 # go on exactly where a run stopped
-    torchrun --nproc_per_node=4 train.py --batch_size 1              # the same on four GPUs, one process each
+    torchrun --nproc_per_node=4 train.py --steps 1000                # on four GPUs: a process, and a window, each
 
 Everything is in this file, in the order in which it happens: configuration, tokenizer, data, model, device and
 precision, optimizer and schedule, run directory, training loop, command line. A run writes its run directory and, to
@@ -149,17 +149,17 @@ class TrainConfig:
     batch_size: int = flag(1, "B: windows in a micro-batch (lower it when memory runs out)", "Training", least=1)
     seq_len: int = flag(1024, "T: tokens in a window, at most block_size", least=1)
     grad_accum: int = flag(1, "micro-batches whose gradients are averaged into one step", least=1)
-    steps: int | None = flag(4600, "optimizer steps; the learning rate's curve ends with them", least=1)
-    epochs: float | None = flag(None, "passes over the corpus, in place of steps", above=0, below=10**6)
+    steps: int | None = flag(4000, "optimizer steps; the learning rate's curve ends with them", least=1)
+    epochs: float | None = flag(None, "in place of steps: passes, or epochs of steps_per_epoch", above=0, below=10**6)
     steps_per_epoch: int | None = flag(None, "steps in an epoch (default: a pass over the corpus)", least=1)
     target_loss: float = flag(0.1, "stop once avg_loss, then final_loss, is under this (0: never)", least=0)
     optimizer: str = flag("adamw", "muon: for the blocks' matrices, AdamW for the rest", choices=("adamw", "muon"))
     lr: float = flag(3e-5, "peak learning rate", above=0)
-    embed_lr: float = flag(1.2e-3, "peak learning rate of the embeddings (0: as lr)", least=0)
+    embed_lr: float = flag(3e-3, "peak learning rate of the embeddings (0: as lr)", least=0)
     warmup_steps: int | None = flag(None, "steps to the peak (default: a tenth of steps, at most 300)", least=0)
     weight_decay: float = flag(0.0, "decay of matrices; biases and LayerNorms have none", least=0)
     beta1: float = flag(0.5, "AdamW's memory of the gradient, and Muon's", least=0, below=1)
-    beta2: float = flag(0.95, "AdamW's memory of its square", least=0, below=1)
+    beta2: float = flag(0.999, "AdamW's memory of its square", least=0, below=1)
     clip_grad: float = flag(1.0, "gradient norm to scale down to (0: no clipping)", least=0)
 
     eval_every: int | None = flag(
@@ -277,6 +277,7 @@ PRESETS: dict[str, dict] = {
         "lr": 2.5e-3,
         "embed_lr": 2.5e-3,
         "beta1": 0.9,
+        "beta2": 0.95,
         "warmup_steps": 60,
         "save_every": 50,
     },
@@ -289,6 +290,7 @@ PRESETS: dict[str, dict] = {
         "lr": 6e-6,
         "embed_lr": 5e-3,
         "beta1": 0.8,
+        "beta2": 0.95,
         "save_every": 100,
         "prompt": "AMBROSE:\nCome in, and shut the door",
         "temperature": 0.5,  # to recite; at 0.9 a sample soon leaves the text
@@ -308,6 +310,7 @@ PRESETS: dict[str, dict] = {
         "lr": 1e-2,
         "embed_lr": 1e-2,
         "beta1": 0.95,
+        "beta2": 0.95,
         "randomize_batches": True,
         "target_loss": 0.0,
         "best_by": "val",
@@ -328,6 +331,7 @@ PRESETS: dict[str, dict] = {
         "lr": 5e-3,
         "embed_lr": 5e-3,
         "beta1": 0.95,
+        "beta2": 0.95,
         "randomize_batches": True,
         "target_loss": 0.0,
         "best_by": "val",
@@ -340,7 +344,10 @@ PRESETS: dict[str, dict] = {
 
 
 # The published runs of presets: SHA-256 of the text, and tokens of training until the target was met.
-PUBLISHED = {"demo": ("1146f70aef9838574e107e4aee1fe90a1288fa20fdfca8f51790384e63939e86", 21_760)}
+PUBLISHED = {
+    "demo": ("1146f70aef9838574e107e4aee1fe90a1288fa20fdfca8f51790384e63939e86", 21_760),
+    "muon": ("86c4e6aa9db7c042ec79f339dcb96d42b0075e16b8fc2e86bf0ca57e2dc565ed", 3_743_744),
+}
 RECIPE = (
     "optimizer seq_len lr embed_lr steps warmup_steps weight_decay beta1 beta2 clip_grad target_loss randomize_batches"
 )
@@ -751,6 +758,7 @@ class TokenBatcher:
             raise UsageError(self.too_short())
         self.n_batches = math.ceil(self.n_targets / self.batch_tokens)
         self.position = 0  # batches taken so far, by all processes together
+        self.order: tuple[int, torch.Tensor | None] = (-1, None)  # an epoch, and the batches as it has them
 
     def too_short(self) -> str:
         fits = f"--seq_len {self.seq_len} --batch_size {self.n_targets // self.seq_len}"
@@ -766,9 +774,11 @@ class TokenBatcher:
         epoch, i = divmod(k, self.n_batches)
         if not self.shuffle:
             return i
-        # Two large primes keep the passes' generators apart from each other and from neighbouring seeds'.
-        generator = torch.Generator().manual_seed((self.seed * 1_000_003 + epoch * 7_919) % 2**63)
-        return int(torch.randperm(self.n_batches, generator=generator)[i])
+        if self.order[0] != epoch:
+            # Two large primes keep the passes' generators apart from each other and from neighbouring seeds'.
+            generator = torch.Generator().manual_seed((self.seed * 1_000_003 + epoch * 7_919) % 2**63)
+            self.order = epoch, torch.randperm(self.n_batches, generator=generator)
+        return int(self.order[1][i])
 
     def batch(self, index: int) -> tuple[torch.Tensor, torch.Tensor]:
         """(idx, targets), both (B, T) int64 on the device, for a batch of the corpus."""
@@ -975,8 +985,8 @@ class GPT(nn.Module):
 
     @torch.no_grad()
     def init_weights(self, generator: torch.Generator | None) -> None:
-        """GPT-2's: N(0, 0.02), zero biases, and the 2 * n_layer projections that write to the residual stream scaled
-        down so that its variance doesn't grow with depth (GPT-2 paper, section 2.3)."""
+        """As in transformers' GPT-2: N(0, 0.02), zero biases, and the 2 * n_layer projections that write to the
+        residual stream scaled down so that its variance doesn't grow with depth (GPT-2 paper, section 2.3)."""
         for name, p in self.named_parameters():
             if name.endswith("bias"):
                 p.zero_()
@@ -1115,7 +1125,7 @@ class Runtime:
 
     def describe_precision(self) -> str:
         if self.amp_dtype is None:
-            return "fp32"
+            return "fp32 with TF32 products" if self.device.type == "cuda" else "fp32"
         name = str(self.amp_dtype).removeprefix("torch.")
         return f"{name} autocast" + (" with loss scaling" if self.scaler else "")
 
@@ -2180,7 +2190,7 @@ class Trainer:
     def avg_loss(self) -> float:
         """Mean training loss of the last pass: of each batch once (before a first full pass: of those seen)."""
         seen = max(1, min(self.batcher.position, self.batcher.n_batches))
-        return self.losses.cpu().double().sum().item() / seen
+        return self.losses.cpu().sum(dtype=torch.float64).item() / seen
 
     def score(self) -> float:
         """What best.pt is chosen by: lower is better, and infinite as long as there is nothing to go by."""

@@ -561,8 +561,11 @@ def compare(run: Run) -> str:
 
 def compared(run: Run) -> list[str]:
     """A row of this program's run."""
-    optimizer, lr = run.settings().get("optimizer"), finite(run.settings().get("lr"))
-    name = {"adamw": "AdamW", "muon": "Muon"}.get(str(optimizer), "not on record")
+    settings = run.settings()
+    lr, embed_lr = finite(settings.get("lr")), finite(settings.get("embed_lr"))
+    name = {"adamw": "AdamW", "muon": "Muon"}.get(str(settings.get("optimizer")), "not on record")
+    name += f", peak {lr:.3g}" if lr else ""
+    name += f", of the embeddings {embed_lr:.3g}" if embed_lr and embed_lr != lr else ""
     ended, last, final = run.text("ended"), run.rows[-1] if run.rows else {}, run.number("final_loss")
     # until the run has ended, those of its record are of the start
     steps, tokens = (run.number("steps"), run.number("tokens")) if ended else (last.get("step"), last.get("tokens"))
@@ -576,7 +579,7 @@ def compared(run: Run) -> list[str]:
         judged.append("the target wasn't reached")
     figures = (tokens / steps if tokens and steps else None, steps, tokens)
     done = [f"{n:,.0f}" if n is not None else "not on record" for n in figures]
-    return [code(run.folder), f"{name}, peak {lr:.3g}" if lr else name, *done, "; ".join(judged)]
+    return [code(run.folder), name, *done, "; ".join(judged)]
 
 
 def earlier_runs(run: Run) -> list[dict]:
@@ -617,7 +620,7 @@ def held_out(run: Run) -> str:
         "Run",
         "Text",
         "Parameters",
-        "Tokens",
+        "Tokenizer",
         "Context",
         "Steps",
         "Time",
@@ -669,9 +672,16 @@ def flags(source: Path) -> str:
         ) from None
     lines = [table(("Flag", "Default", "What it does"), rows), ""]
     for name, settings in presets:
-        words = [word for key, value in settings for word in (f"--{key}", str(value).replace("\n", r"\n"))]
+        words = [word for key, value in settings for word in flag_words(key, value)]
         lines.append(f"`--preset {name}` stands for {code(shlex.join(words)) if words else 'the defaults'}.")
     return "\n".join(lines)
+
+
+def flag_words(key: str, value) -> list[str]:
+    """A setting as it is typed."""
+    if isinstance(value, bool):
+        return [f"--{key}" if value else f"--no-{key}"]
+    return [f"--{key}", str(value).replace("\n", r"\n")]
 
 
 def flag_rows(config: ast.ClassDef) -> Iterator[tuple[str, str, str]]:

@@ -26,7 +26,10 @@ sys.path.insert(0, str(ROOT))
 import train  # noqa: E402
 
 SMALL = "--n_layer 6 --n_head 6 --n_embd 384"
-BASE = "--batch_size 2 --seq_len 256 --weight_decay 0 --num_prompts 0 --recall_places 0 --no_mfu --save_minutes 0"
+BASE = (
+    "--batch_size 2 --seq_len 256 --beta1 0.9 --beta2 0.95 --weight_decay 0 --num_prompts 0 --recall_places 0 --no_mfu"
+    " --save_minutes 0"
+)
 
 
 def main() -> None:

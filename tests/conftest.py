@@ -39,6 +39,7 @@ TINY = {
     "embed_lr": 0.0,
     "weight_decay": 0.1,
     "beta1": 0.9,
+    "beta2": 0.95,
     "log_every": 1,
     "max_new_tokens": 4,
     "recall_places": 2,

@@ -254,9 +254,13 @@ def test_flags_are_those_of_train_config(run_dir, tmp_path):
         choices = " or ".join(c for c in f.metadata.get("choices", ()) if c)
         expected.append((f"--{f.name}", default, f.metadata["help"] + (f" ({choices})" if choices else "")))
     assert rows == expected
-    for name, preset in train.PRESETS.items():
-        assert f"--preset {name} stands for" in cells[-1]
-        assert all(f"--{key} " in cells[-1] for key in preset)
+    assert "`--preset shakespeare` stands for the defaults.\n" in block(readme, "FLAGS")
+    said = re.findall(r"^`--preset (\S+)` stands for `(.*)`\.$", block(readme, "FLAGS"), re.M)
+    assert [name for name, _ in said] == [name for name, preset in train.PRESETS.items() if preset]
+    for name, words in said:  # typed as they stand there, they are the preset
+        typed, problems = train.read_flags(shlex.split(words))
+        typed = {key: train.unescape(value) if key == "prompt" else value for key, value in typed.items()}
+        assert typed == train.PRESETS[name] and not problems
 
 
 def plain_text(token) -> str:
@@ -526,9 +530,11 @@ def test_runs_on_the_same_text_are_compared(run_dir, tmp_path, monkeypatch):
     (home / "benchmarks" / "earlier_runs.json").write_text(json.dumps(known))
     monkeypatch.setattr(update_readme, "HERE", home)
     shakespeare, muon = {"sha256": EARLIER["sha256"]}, {"optimizer": "muon", "lr": 0.0015}
-    put_record(run_dir, corpus=shakespeare, steps=700, tokens=2_867_200, final_loss=0.0712, config=muon)
+    put_record(
+        run_dir, corpus=shakespeare, steps=700, tokens=2_867_200, final_loss=0.0712, config=muon | {"embed_lr": 0.005}
+    )
     second = shutil.copytree(run_dir, home / "out" / "second")
-    put_record(second, ended=None, end=None, final_loss=None)
+    put_record(second, ended=None, end=None, final_loss=None, config=muon | {"embed_lr": 0.0015})
     (home / "out" / "own").symlink_to(run_dir)  # this run itself, which is there once
     assert update() == 0
     lines = block(readme, "COMPARE").split("\n")
@@ -536,7 +542,8 @@ def test_runs_on_the_same_text_are_compared(run_dir, tmp_path, monkeypatch):
     ours = ["`out/own`", "`home/out/second`"]
     assert [row[0] for row in rows] == [*(past["name"] for past in EARLIER["runs"]), *ours]
     assert rows[0][2:5] == ["2,048", "6,702", "13,725,696"] and rows[1][1] == "not on record"
-    assert rows[2][1:5] == ["Muon, peak 0.0015", "4,096", "700", "2,867,200"]
+    assert rows[3][1] == "Muon, peak 0.0015"
+    assert rows[2][1:5] == ["Muon, peak 0.0015, of the embeddings 0.005", "4,096", "700", "2,867,200"]
     assert rows[2][5].startswith("**0.0712**, final_loss over the whole text; ")
     assert rows[3][3] == "59" and rows[3][5].endswith("not ended yet")  # from its rows: its record is of the start
     assert lines[-1].endswith("(assets/compare.svg)")
