@@ -159,7 +159,7 @@ class TrainConfig:
     )
     lr: float = flag(2.5e-3, "peak learning rate", above=0)
     embed_lr: float = flag(0.0, "peak learning rate of the embeddings (0: as lr)", least=0)
-    warmup_steps: int | None = flag(None, "steps to the peak (default: 4.6% of steps, at most 300)", least=0)
+    warmup_steps: int | None = flag(None, "steps to the peak (default: 0.046 of steps, at most 300)", least=0)
     weight_decay: float = flag(0.0, "decay of matrices; biases and LayerNorms have none", least=0)
     beta1: float = flag(0.9, "AdamW's memory of the gradient, and Muon's", least=0, below=1)
     beta2: float = flag(0.95, "AdamW's memory of its square", least=0, below=1)
@@ -273,7 +273,7 @@ PRESETS: dict[str, dict] = {
         "optimizer": "adamw",
         "batch_size": 1,
         "seq_len": 1024,
-        "steps": 8000,
+        "steps": 9000,
         "lr": 3e-5,
         "embed_lr": 3e-3,
         "beta1": 0.5,
@@ -1949,6 +1949,8 @@ def load_checkpoint(path: str | Path, lazy: bool = False) -> dict:
 
 def check_member(archive: zipfile.ZipFile, member: zipfile.ZipInfo) -> None:
     """Reads one file of a checkpoint to its end, where zipfile compares its CRC-32; torch itself doesn't look at it."""
+    if member.external_attr & 0x10:  # the mark of a folder: torch would read nothing, and leave what memory held
+        raise zipfile.BadZipFile(f"{member.filename} is a folder")
     with archive.open(member) as f:
         while f.read(1 << 22):
             pass
