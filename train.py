@@ -1959,8 +1959,8 @@ def check_member(archive: zipfile.ZipFile, member: zipfile.ZipInfo) -> None:
 class CheckpointWriter:
     """Writes checkpoints while training goes on: save() copies the tensors, a thread does the rest.
 
-    One write is in flight at most. The copies stay for the next save: they take as much memory as last.pt is large, 12
-    bytes a parameter. A write that fails is logged at once and leaves the old files; the next save tries anew."""
+    One write is in flight at most. The copies stay for the next save: they take as much memory as last.pt is large, up
+    to 12 bytes a parameter. A write that fails is logged at once and leaves the old files; the next save tries anew."""
 
     def __init__(self, run_dir: RunDirectory, log: logging.Logger, device: torch.device, best: float):
         self.run_dir, self.log = run_dir, log
