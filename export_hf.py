@@ -7,8 +7,8 @@
 The first writes config.json, generation_config.json, model.safetensors, the tokenizer's files (from the packaged
 vocabulary, without a network) and a model card, README.md, with the results of the checkpoint's run directory. The
 second reads such a folder of any GPT-2 (safetensors, or pytorch_model.bin) into a run directory at step 0, from which
---resume trains it further. All flags of train.py may follow; unless they say otherwise, embeddings learn no faster than
-the rest, and AdamW's betas are 0.9 and 0.95: train.py's own defaults are for weights that know nothing yet.
+--resume trains it further. All flags of train.py may follow; unless they say otherwise, AdamW trains all weights, at
+3e-5: train.py's own defaults are for weights that know nothing yet.
 
 Exit codes: 0 written, 1 a file that can't be read or written, 2 unusable flags.
 """
@@ -35,7 +35,7 @@ END_OF_TEXT = 50256
 # transformers keeps these as Conv1D, whose matrices are the transposed of nn.Linear's
 TRANSPOSED = ("attn.c_attn.weight", "attn.c_proj.weight", "mlp.c_fc.weight", "mlp.c_proj.weight")
 # For weights that were trained before: what is best from scratch would undo them
-TUNING = ("--embed_lr=0", "--beta1=0.9", "--beta2=0.95")
+TUNING = ("--optimizer=adamw", "--lr=3e-5")
 
 
 # ======================================================================================================================

@@ -3,7 +3,7 @@
     python train.py --preset demo                                    # the bundled play: no GPU, no network, minutes
     python train.py --input_file data/input.txt                      # tiny Shakespeare, fetched on first use
     python train.py --resume out/checkpoints/last.pt                 # go on exactly where a run stopped
-    torchrun --nproc_per_node=4 train.py --steps 1000                # on four GPUs: a process, and a window, each
+    torchrun --nproc_per_node=4 train.py --batch_size 4              # on four GPUs: a process, and four windows, each
 
 Everything is in this file, in the order in which it happens: configuration, tokenizer, data, model, device and
 precision, optimizer and schedule, run directory, training loop, command line. A run writes its run directory and, to
@@ -113,6 +113,7 @@ class TrainConfig:
             "",
             "shakespeare",
             "muon",
+            "adamw",
             "demo",
             "char-small",
             "char-medium",
@@ -146,20 +147,22 @@ class TrainConfig:
     n_embd: int = flag(768, "width of the residual stream", least=1)
     dropout: float = flag(0.0, "probability of dropping an activation in training", least=0, below=1)
 
-    batch_size: int = flag(1, "B: windows in a micro-batch (lower it when memory runs out)", "Training", least=1)
-    seq_len: int = flag(1024, "T: tokens in a window, at most block_size", least=1)
+    batch_size: int = flag(16, "B: windows in a micro-batch (lower it when memory runs out)", "Training", least=1)
+    seq_len: int = flag(256, "T: tokens in a window, at most block_size", least=1)
     grad_accum: int = flag(1, "micro-batches whose gradients are averaged into one step", least=1)
-    steps: int | None = flag(4000, "optimizer steps; the learning rate's curve ends with them", least=1)
+    steps: int | None = flag(1300, "optimizer steps; the learning rate's curve ends with them", least=1)
     epochs: float | None = flag(None, "in place of steps: passes, or epochs of steps_per_epoch", above=0, below=10**6)
     steps_per_epoch: int | None = flag(None, "steps in an epoch (default: a pass over the corpus)", least=1)
     target_loss: float = flag(0.1, "stop once avg_loss, then final_loss, is under this (0: never)", least=0)
-    optimizer: str = flag("adamw", "muon: for the blocks' matrices, AdamW for the rest", choices=("adamw", "muon"))
-    lr: float = flag(3e-5, "peak learning rate", above=0)
-    embed_lr: float = flag(3e-3, "peak learning rate of the embeddings (0: as lr)", least=0)
-    warmup_steps: int | None = flag(None, "steps to the peak (default: a tenth of steps, at most 300)", least=0)
+    optimizer: str = flag(
+        "muon", "muon: for the blocks' matrices, AdamW for the rest; adamw: for all", choices=("adamw", "muon")
+    )
+    lr: float = flag(2.5e-3, "peak learning rate", above=0)
+    embed_lr: float = flag(0.0, "peak learning rate of the embeddings (0: as lr)", least=0)
+    warmup_steps: int | None = flag(None, "steps to the peak (default: 0.046 of steps, at most 300)", least=0)
     weight_decay: float = flag(0.0, "decay of matrices; biases and LayerNorms have none", least=0)
-    beta1: float = flag(0.5, "AdamW's memory of the gradient, and Muon's", least=0, below=1)
-    beta2: float = flag(0.999, "AdamW's memory of its square", least=0, below=1)
+    beta1: float = flag(0.9, "AdamW's memory of the gradient, and Muon's", least=0, below=1)
+    beta2: float = flag(0.95, "AdamW's memory of its square", least=0, below=1)
     clip_grad: float = flag(1.0, "gradient norm to scale down to (0: no clipping)", least=0)
 
     eval_every: int | None = flag(
@@ -236,13 +239,9 @@ class TrainConfig:
             yield "tensorboard", "tensorboard isn't installed: pip install tensorboard, or leave --tensorboard out"
         if not device_present(c.device):
             yield "device", f"device {c.device} isn't available here: use --device auto"
-        elif pick_device(c.device).type == "cpu":
-            if c.amp == "fp16":
-                slow = "amp fp16 on a CPU is about a thousand times slower than fp32: use --amp auto, bf16 or off"
-                yield "amp device", slow
-            if c.optimizer == "muon" and not cpu_has_bf16():
-                slow = "optimizer muon computes in bf16, which this CPU only emulates: use --optimizer adamw here"
-                yield "optimizer device", slow
+        elif pick_device(c.device).type == "cpu" and c.amp == "fp16":
+            slow = "amp fp16 on a CPU is about a thousand times slower than fp32: use --amp auto, bf16 or off"
+            yield "amp device", slow
 
     def resolved(self, batches_per_pass: int, batches_per_step: int) -> TrainConfig:
         """The same settings with each None filled in, once the corpus is known."""
@@ -253,7 +252,7 @@ class TrainConfig:
             self,
             steps=steps,
             eval_every=self.eval_every or min(1000, max(1, steps // 10)),
-            warmup_steps=min(300, steps // 10) if self.warmup_steps is None else self.warmup_steps,
+            warmup_steps=min(300, round(0.046 * steps)) if self.warmup_steps is None else self.warmup_steps,
             save_every=save_every,
             sample_every=self.sample_every or max(100, save_every),  # on a CPU, two samples take as long as a few steps
         )
@@ -269,28 +268,27 @@ MODEL_FLAGS = ("block_size", "n_layer", "n_head", "n_embd", "dropout")
 # Found by measuring on two CPU cores: benchmarks/README.md has the runs. The defaults are those for data/input.txt.
 PRESETS: dict[str, dict] = {
     "shakespeare": {},
-    "muon": {
-        "optimizer": "muon",
-        "batch_size": 16,
-        "seq_len": 256,
-        "steps": 1300,
-        "lr": 2.5e-3,
-        "embed_lr": 2.5e-3,
-        "beta1": 0.9,
-        "beta2": 0.95,
-        "warmup_steps": 60,
-        "save_every": 50,
+    "muon": {},  # the published run's command names it
+    "adamw": {
+        "optimizer": "adamw",
+        "batch_size": 1,
+        "seq_len": 1024,
+        "steps": 9000,
+        "lr": 3e-5,
+        "embed_lr": 3e-3,
+        "beta1": 0.5,
+        "beta2": 0.999,
     },
     "demo": {
         "input_file": "data/sample.txt",
         "out_dir": "out_demo",
         "batch_size": 1,
-        "seq_len": 256,
         "steps": 110,
+        "optimizer": "adamw",
         "lr": 6e-6,
         "embed_lr": 5e-3,
         "beta1": 0.8,
-        "beta2": 0.95,
+        "warmup_steps": 11,
         "save_every": 100,
         "prompt": "AMBROSE:\nCome in, and shut the door",
         "temperature": 0.5,  # to recite; at 0.9 a sample soon leaves the text
@@ -306,11 +304,9 @@ PRESETS: dict[str, dict] = {
         "batch_size": 16,
         "seq_len": 32,
         "steps": 5000,
-        "optimizer": "muon",
         "lr": 1e-2,
-        "embed_lr": 1e-2,
         "beta1": 0.95,
-        "beta2": 0.95,
+        "warmup_steps": 300,
         "randomize_batches": True,
         "target_loss": 0.0,
         "best_by": "val",
@@ -327,11 +323,9 @@ PRESETS: dict[str, dict] = {
         "batch_size": 16,
         "seq_len": 32,
         "steps": 5000,
-        "optimizer": "muon",
         "lr": 5e-3,
-        "embed_lr": 5e-3,
         "beta1": 0.95,
-        "beta2": 0.95,
+        "warmup_steps": 300,
         "randomize_batches": True,
         "target_loss": 0.0,
         "best_by": "val",
@@ -346,7 +340,7 @@ PRESETS: dict[str, dict] = {
 # The published runs of presets: SHA-256 of the text, and tokens of training until the target was met.
 PUBLISHED = {
     "demo": ("1146f70aef9838574e107e4aee1fe90a1288fa20fdfca8f51790384e63939e86", 21_760),
-    "muon": ("86c4e6aa9db7c042ec79f339dcb96d42b0075e16b8fc2e86bf0ca57e2dc565ed", 3_743_744),
+    "shakespeare": ("86c4e6aa9db7c042ec79f339dcb96d42b0075e16b8fc2e86bf0ca57e2dc565ed", 3_743_744),
 }
 RECIPE = (
     "optimizer seq_len lr embed_lr steps warmup_steps weight_decay beta1 beta2 clip_grad target_loss randomize_batches"
@@ -1379,6 +1373,47 @@ def find_limit(runtime: Runtime, config: GPTConfig, rows: int, measured: bool) -
 # ======================================================================================================================
 
 
+def native_bf16(device: torch.device) -> bool:
+    """Does the device multiply bf16 itself, as far as one can tell?"""
+    if device.type == "cpu":
+        return cpu_has_bf16()
+    return device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
+
+
+def orthogonalized(matrix: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """The matrix with its singular values all brought near 1 (0.7 to 1.2), by five Newton-Schulz steps in `dtype`, with
+    the coefficients of Jordan et al. 2024: what the gradient says rarely then moves the weights as much as what it
+    says all the time."""
+    tall = matrix.size(0) > matrix.size(1)
+    x = (matrix.T if tall else matrix).to(dtype)
+    x = x / x.norm().clamp(min=1e-7)
+    for _ in range(5):
+        gram = x @ x.T
+        x = torch.addmm(x, torch.addmm(gram, gram, gram, beta=-4.775, alpha=2.0315), x, beta=3.4445)
+    return x.T if tall else x
+
+
+class Muon(torch.optim.Muon):
+    """torch's Muon (Jordan et al. 2024), but in fp32 where bf16 is only emulated: torch's own knows bf16 alone.
+    Updates are scaled to the size of AdamW's (Liu et al. 2025, section 2.2), so that the usual learning rates do."""
+
+    def __init__(self, params, dtype: torch.dtype, **options):
+        super().__init__(params, **options)
+        self.dtype = dtype
+
+    @torch.no_grad()
+    def step(self, closure=None) -> None:
+        for group in self.param_groups:
+            for p in group["params"]:
+                if p.grad is None:
+                    continue
+                average = self.state[p].setdefault("momentum_buffer", torch.zeros_like(p))
+                average.lerp_(p.grad, 1 - group["momentum"])
+                ahead = p.grad.lerp(average, group["momentum"])  # Nesterov's
+                p.mul_(1 - group["lr"] * group["weight_decay"])
+                p.add_(orthogonalized(ahead, self.dtype), alpha=-group["lr"] * 0.2 * math.sqrt(max(p.shape)))
+
+
 class MuonAdamW(torch.optim.Optimizer):
     """Muon (Jordan et al. 2024) for the blocks' matrices and AdamW for the rest, as one optimizer: one state
     in the checkpoint, and a loss scaler that skips an update in both or in neither. To know whether to skip,
@@ -1398,8 +1433,7 @@ class MuonAdamW(torch.optim.Optimizer):
 def build_optimizer(model: GPT, config: TrainConfig) -> torch.optim.Optimizer:
     """AdamW (Loshchilov & Hutter 2019) with decay on matrices only; fused into one kernel where the device has it.
     A group's `rate` names the setting that is its peak learning rate. With `--optimizer muon` the blocks' matrices are
-    left to Muon, whose updates are scaled to the size of AdamW's (Liu et al. 2025, section 2.2), so that the usual
-    learning rates do."""
+    left to Muon."""
     matrices = [p for p in model.transformer.h.parameters() if p.dim() >= 2]
     tables = [model.transformer.wte.weight, model.transformer.wpe.weight]
     vectors = [p for p in model.parameters() if p.dim() < 2]
@@ -1417,8 +1451,9 @@ def build_optimizer(model: GPT, config: TrainConfig) -> torch.optim.Optimizer:
         adamw = torch.optim.AdamW(groups, **options)
     if not muon:
         return adamw
-    scale = {"lr": config.lr, "weight_decay": config.weight_decay, "adjust_lr_fn": "match_rms_adamw"}
-    return MuonAdamW(torch.optim.Muon([{"params": matrices, "rate": "lr"}], momentum=config.beta1, **scale), adamw)
+    dtype = torch.bfloat16 if native_bf16(matrices[0].device) else torch.float32
+    options = {"lr": config.lr, "momentum": config.beta1, "weight_decay": config.weight_decay}
+    return MuonAdamW(Muon([{"params": matrices, "rate": "lr"}], dtype, **options), adamw)
 
 
 def build_scheduler(optimizer: torch.optim.Optimizer, config: TrainConfig, step: int = 0):
@@ -1914,6 +1949,8 @@ def load_checkpoint(path: str | Path, lazy: bool = False) -> dict:
 
 def check_member(archive: zipfile.ZipFile, member: zipfile.ZipInfo) -> None:
     """Reads one file of a checkpoint to its end, where zipfile compares its CRC-32; torch itself doesn't look at it."""
+    if member.external_attr & 0x10:  # the mark of a folder: torch would read nothing, and leave what memory held
+        raise zipfile.BadZipFile(f"{member.filename} is a folder")
     with archive.open(member) as f:
         while f.read(1 << 22):
             pass
@@ -1922,8 +1959,8 @@ def check_member(archive: zipfile.ZipFile, member: zipfile.ZipInfo) -> None:
 class CheckpointWriter:
     """Writes checkpoints while training goes on: save() copies the tensors, a thread does the rest.
 
-    One write is in flight at most. The copies stay for the next save: they take as much memory as last.pt is large, 12
-    bytes a parameter. A write that fails is logged at once and leaves the old files; the next save tries anew."""
+    One write is in flight at most. The copies stay for the next save: they take as much memory as last.pt is large, up
+    to 12 bytes a parameter. A write that fails is logged at once and leaves the old files; the next save tries anew."""
 
     def __init__(self, run_dir: RunDirectory, log: logging.Logger, device: torch.device, best: float):
         self.run_dir, self.log = run_dir, log

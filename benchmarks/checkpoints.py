@@ -57,7 +57,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=30)
     parser.add_argument("--every", type=int, default=10, help="steps between saves")
     parser.add_argument("--dir", help="disk to write to (default: the system's temporary folder)")
-    default = "--input_file data/sample.txt --batch_size 8 --seq_len 256"
+    default = "--input_file data/sample.txt --batch_size 8 --seq_len 256 --optimizer adamw"
     parser.add_argument("--flags", type=str.split, default=default.split(), help=f"of train.py (default: {default})")
     args = parser.parse_args()
     variants = {name: [] for name in ("none", "background", "synchronous")}

@@ -18,7 +18,10 @@ import time
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
-SMALL = "--n_layer 2 --n_head 2 --n_embd 64 --seq_len 64 --steps 20 --num_prompts 0 --recall_places 0 --target_loss 0"
+SMALL = (
+    "--optimizer adamw --batch_size 1 --n_layer 2 --n_head 2 --n_embd 64 --seq_len 64 --steps 20 --num_prompts 0"
+    " --recall_places 0 --target_loss 0"
+)
 
 
 def write_text(path: Path, megabytes: int) -> None:

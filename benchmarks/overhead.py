@@ -62,7 +62,8 @@ def run(flags: list[str]) -> tuple[list[tuple[str, float, float]], list[bool]]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0], allow_abbrev=False)
-    parser.add_argument("--flags", type=str.split, default=["--batch_size", "8", "--seq_len", "256"])
+    default = ["--batch_size", "8", "--seq_len", "256", "--optimizer", "adamw"]
+    parser.add_argument("--flags", type=str.split, default=default)
     parser.add_argument("--starts", type=int, default=3)
     parser.add_argument("--steps", type=int, default=60)
     parser.add_argument("--plan", type=int, default=20000, help="steps of the run whose default intervals count")

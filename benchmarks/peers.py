@@ -28,7 +28,8 @@ def settings(args: argparse.Namespace, **changes) -> train.TrainConfig:
     shape = {"batch_size": args.batch_size, "seq_len": args.seq_len, "n_layer": args.n_layer}
     shape["block_size"] = max(1024, args.seq_len)
     source = {"input_file": str(ROOT / "data" / "sample.txt"), "device": args.device, "out_dir": "unused"}
-    return train.TrainConfig(**{"steps": 10**6, **source, **shape, **changes})
+    same = {"optimizer": "adamw", "lr": LR, "weight_decay": DECAY}  # as the peers have it
+    return train.TrainConfig(**{"steps": 10**6, **source, **shape, **same, **changes})
 
 
 def make_batcher(args: argparse.Namespace) -> train.TokenBatcher:

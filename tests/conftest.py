@@ -35,6 +35,7 @@ TINY = {
     "batch_size": 2,
     "seq_len": 32,
     "steps": 6,
+    "optimizer": "adamw",
     "lr": 3e-4,
     "embed_lr": 0.0,
     "weight_decay": 0.1,

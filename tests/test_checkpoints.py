@@ -406,6 +406,16 @@ def test_a_flipped_bit_is_noticed_or_without_effect(tmp_path_factory, small_chec
         assert str(loaded) == str(content)
 
 
+def test_a_tensor_that_became_a_folder_is_noticed(tmp_path, small_checkpoint):
+    """One bit of the archive's directory, outside of what the checksums cover."""
+    data, _ = small_checkpoint
+    path = tmp_path / "last.pt"
+    place = data.index(b"archive/data/0", data.index(b"PK\x01\x02")) - 8
+    path.write_bytes(data[:place] + bytes([data[place] ^ 0x10]) + data[place + 1 :])
+    with pytest.raises(train.DamagedError, match="is damaged"):
+        train.load_checkpoint(path)
+
+
 @pytest.fixture(scope="module")
 def small_checkpoint(tmp_path_factory):
     path = tmp_path_factory.mktemp("small") / "last.pt"
@@ -450,8 +460,8 @@ def test_what_changed_since_the_checkpoint_is_said(out):
     train.main(["--resume", str(out / "checkpoints" / "last.pt"), "--steps", "40", "--lr", "1e-3", "--log_every", "5"])
     log = log_of(out)
     assert "Changed since the checkpoint: log_every 1 -> 5, lr 0.0003 -> 0.001, steps 30 -> 40" in log
-    before = train.TrainConfig(steps=30, warmup_steps=3, lr=3e-4)
-    after = train.TrainConfig(steps=40, warmup_steps=4, lr=1e-3)
+    before = train.TrainConfig(steps=30, lr=3e-4).resolved(1, 1)
+    after = train.TrainConfig(steps=40, lr=1e-3).resolved(1, 1)
     rates = [rate_of_step(config, 31 if config is after else 30) for config in (before, after)]
     assert f"Learning rate of step 31: {rates[1]:.6e} (it was to be {rates[0]:.6e})" in log
 

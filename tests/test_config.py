@@ -17,15 +17,16 @@ CONTRACT = {
     "n_layer": 12,
     "n_head": 12,
     "n_embd": 768,
-    "batch_size": 1,
-    "seq_len": 1024,
+    "batch_size": 16,
+    "seq_len": 256,
     "grad_accum": 1,
-    "steps": 4000,
-    "lr": 3e-5,
-    "embed_lr": 3e-3,
+    "steps": 1300,
+    "optimizer": "muon",
+    "lr": 2.5e-3,
+    "embed_lr": 0.0,
     "weight_decay": 0.0,
-    "beta1": 0.5,
-    "beta2": 0.999,
+    "beta1": 0.9,
+    "beta2": 0.95,
     "clip_grad": 1.0,
     "randomize_batches": False,
     "target_loss": 0.1,
@@ -161,7 +162,7 @@ def test_what_is_left_open_follows_the_length_of_the_run(tiny):
     long = tiny(steps=200_000).resolved(100, 1)
     assert (long.warmup_steps, long.save_every, long.sample_every) == (300, 1000, 1000)
     short = tiny(steps=50).resolved(100, 1)
-    assert (short.warmup_steps, short.save_every, short.sample_every) == (5, 5, 100)
+    assert (short.warmup_steps, short.save_every, short.sample_every) == (2, 5, 100)
     assert tiny(steps=50, sample_every=7).resolved(100, 1).sample_every == 7
     assert tiny(steps=None, epochs=1.5).resolved(101, 2).steps == 76  # 151.5 batches, two a step
 

@@ -157,7 +157,8 @@ def test_a_gpt2_folder_is_trained_further(tmp_path, form):
     assert export_hf.main(["--import", str(source), "--out_dir", str(out), *flags]) == 0
     last = out / "checkpoints" / "last.pt"
     settings = train.load_checkpoint(last)["config"]  # embeddings that know something learn no faster than the rest
-    assert {k: settings[k] for k in ("lr", "embed_lr", "beta1")} == {"lr": 1e-3, "embed_lr": 0.0, "beta1": 0.9}
+    expected = {"optimizer": "adamw", "lr": 1e-3, "embed_lr": 0.0, "beta1": 0.9}
+    assert {key: settings[key] for key in expected} == expected
     idx = torch.randint(50257, (2, 40), generator=torch.Generator().manual_seed(1))
     with torch.no_grad():
         assert (ours(out, "last.pt")(idx)[0] - theirs(idx).logits).abs().max() < 1e-4

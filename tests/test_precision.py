@@ -211,33 +211,38 @@ def small_memory(monkeypatch, gigabytes):
 GPT2 = train.GPTConfig()
 
 
+ONE_WINDOW = train.TrainConfig(optimizer="adamw", batch_size=1, seq_len=1024)
+
+
 def test_what_cannot_fit_is_said_with_its_size_and_what_would(monkeypatch):
     """124,439,808 parameters, in fp32: 16 bytes each to train, 12 for the copy that is written; 56 bytes for each of
     768 numbers of 1,024 tokens in 12 blocks."""
     small_memory(monkeypatch, 3)
     with pytest.raises(train.UsageError) as caught:
-        train.check_memory(train.TrainConfig(), GPT2, runtime())
+        train.check_memory(ONE_WINDOW, GPT2, runtime())
     assert str(caught.value) == (
         "training 124,439,808 parameters takes at least 4.0 GB (2.0 for weights, gradients and optimizer, 0.5 for"
         " activations, 1.5 for the copy that is written as last.pt), and this machine has 3.0 GB: choose a model of at"
         " most 96 million parameters"
     )
     small_memory(monkeypatch, 4.1)
-    train.check_memory(train.TrainConfig(), GPT2, runtime())
+    train.check_memory(ONE_WINDOW, GPT2, runtime())
     with pytest.raises(
         train.UsageError, match=r"4\.5 GB .*: lower --batch_size or --seq_len, or add --grad_checkpoint"
     ):
-        train.check_memory(train.TrainConfig(batch_size=8, seq_len=256), GPT2, runtime())
-    train.check_memory(train.TrainConfig(batch_size=8, seq_len=256, grad_checkpoint=True), GPT2, runtime())
-    train.check_memory(train.TrainConfig(batch_size=8, seq_len=256), GPT2, runtime(torch.bfloat16))
+        train.check_memory(train.TrainConfig(optimizer="adamw", batch_size=8, seq_len=256), GPT2, runtime())
+    train.check_memory(
+        train.TrainConfig(optimizer="adamw", batch_size=8, seq_len=256, grad_checkpoint=True), GPT2, runtime()
+    )
+    train.check_memory(train.TrainConfig(optimizer="adamw", batch_size=8, seq_len=256), GPT2, runtime(torch.bfloat16))
 
 
 def test_several_processes_share_a_machine(monkeypatch):
     small_memory(monkeypatch, 15)
-    train.check_memory(train.TrainConfig(), GPT2, runtime())
+    train.check_memory(ONE_WINDOW, GPT2, runtime())
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "4")
     with pytest.raises(train.UsageError, match=r"at least 16\.1 GB .* in each of 4 processes"):
-        train.check_memory(train.TrainConfig(), GPT2, runtime())
+        train.check_memory(ONE_WINDOW, GPT2, runtime())
 
 
 def test_a_machine_that_does_not_say_what_it_has_is_tried(monkeypatch):

@@ -168,10 +168,31 @@ def test_muon_and_adamw_do_together_what_each_does_alone(tiny):
             scheduler.step()
 
 
-def test_muon_is_refused_where_it_would_crawl(tiny, monkeypatch):
-    monkeypatch.setattr(train, "cpu_has_bf16", lambda: False)
-    with pytest.raises(train.UsageError, match="optimizer muon computes in bf16, which this CPU only emulates: use"):
-        tiny(optimizer="muon").validate()
-    tiny(optimizer="adamw").validate()
-    monkeypatch.setattr(train, "cpu_has_bf16", lambda: True)
-    tiny(optimizer="muon").validate()
+def test_muon_does_without_bf16_where_it_would_crawl(tiny, monkeypatch):
+    """In fp32, which gives what bf16 gives, but for the rounding."""
+    dtypes, plain = [], train.orthogonalized
+    monkeypatch.setattr(train, "orthogonalized", lambda m, dtype: dtypes.append(dtype) or plain(m, dtype))
+    after = []
+    for native in (True, False):
+        monkeypatch.setattr(train, "cpu_has_bf16", lambda native=native: native)
+        torch.manual_seed(0)
+        model = train.GPT(train.GPTConfig(block_size=8, vocab_size=11, n_layer=1, n_head=1, n_embd=32))
+        p = model.transformer.h[0].mlp.c_fc.weight
+        optimizer, before = train.build_optimizer(model, tiny(optimizer="muon", lr=1e-2)), p.detach().clone()
+        for q in model.parameters():
+            q.grad = torch.randn_like(q)
+        optimizer.step()
+        after.append(p.detach() - before)
+    assert set(dtypes[:4]) == {torch.bfloat16} and set(dtypes[4:]) == {torch.float32} and len(dtypes) == 8
+    assert 0 < (after[0] - after[1]).norm() < 0.02 * after[1].norm()
+
+
+@pytest.mark.parametrize("shape", [(16, 48), (48, 16), (24, 24)])
+def test_orthogonalized_brings_all_singular_values_near_one(shape):
+    torch.manual_seed(1)
+    u, _, v = torch.linalg.svd(torch.randn(shape), full_matrices=False)
+    scales = torch.logspace(0, -1.5, min(shape))
+    inside = u.T @ train.orthogonalized(u * scales @ v, torch.float32) @ v.T
+    values = torch.diagonal(inside)
+    assert values.min() > 0.6 and values.max() < 1.3
+    assert torch.allclose(inside, torch.diag(values), atol=1e-3)  # the directions are the same

@@ -460,8 +460,7 @@ def test_a_published_run_is_known_by_its_settings_and_its_text(tokenizer, name):
 
 @pytest.mark.parametrize("name", train.PUBLISHED)
 def test_the_published_figures_are_those_of_the_records(name):
-    folder = {"muon": "shakespeare"}.get(name, name)
-    record = json.loads((ROOT / "out" / folder / "run.json").read_text(encoding="utf-8"))
+    record = json.loads((ROOT / "out" / name / "run.json").read_text(encoding="utf-8"))
     assert train.PUBLISHED[name] == (record["corpus"]["sha256"], record["tokens_to_target"])
 
 
