@@ -276,7 +276,8 @@ def import_folder(folder: Path, out_dir: str, flags: Sequence[str]) -> None:
     weights = read_weights(folder)
     if shape["block_size"] < train.TrainConfig.seq_len and "seq_len" not in given:
         shape["seq_len"] = shape["block_size"]  # the longest windows that it can read
-    usual = [] if "preset" in given else TUNING
+    of_shape = {name for name, its in train.PRESETS.items() if its and its.keys() <= set(train.MODEL_FLAGS)}
+    usual = TUNING if given.get("preset", "") in {"", *of_shape} else []  # a preset with a recipe keeps it
     config = train.config_from_flags([*usual, *flags, "--out_dir", out_dir, *(f"--{k}={v}" for k, v in shape.items())])
     if config.tokenizer != "gpt2":
         raise train.UsageError("tokenizer char conflicts with the model's, which is GPT-2's: leave --tokenizer out")

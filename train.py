@@ -159,7 +159,9 @@ class TrainConfig:
     )
     lr: float = flag(2.5e-3, "peak learning rate", above=0)
     embed_lr: float = flag(0.0, "peak learning rate of the embeddings (0: as lr)", least=0)
-    warmup_steps: int | None = flag(None, "steps to the peak (default: 0.046 of steps, at most 300)", least=0)
+    warmup_steps: int | None = flag(
+        None, "steps to the peak (default: a tenth of steps, at most 300; of the default steps 60)", least=0
+    )
     weight_decay: float = flag(0.0, "decay of matrices; biases and LayerNorms have none", least=0)
     beta1: float = flag(0.9, "AdamW's memory of the gradient, and Muon's", least=0, below=1)
     beta2: float = flag(0.95, "AdamW's memory of its square", least=0, below=1)
@@ -247,12 +249,13 @@ class TrainConfig:
         """The same settings with each None filled in, once the corpus is known."""
         epoch = self.steps_per_epoch or batches_per_pass / batches_per_step
         steps = self.steps or math.ceil(self.epochs * epoch)
+        warmup_steps = 60 if steps == TrainConfig.steps else min(300, steps // 10)
         save_every = self.save_every or min(1000, max(1, steps // 10))
         return dataclasses.replace(
             self,
             steps=steps,
             eval_every=self.eval_every or min(1000, max(1, steps // 10)),
-            warmup_steps=min(300, round(0.046 * steps)) if self.warmup_steps is None else self.warmup_steps,
+            warmup_steps=warmup_steps if self.warmup_steps is None else self.warmup_steps,
             save_every=save_every,
             sample_every=self.sample_every or max(100, save_every),  # on a CPU, two samples take as long as a few steps
         )
@@ -288,7 +291,6 @@ PRESETS: dict[str, dict] = {
         "lr": 6e-6,
         "embed_lr": 5e-3,
         "beta1": 0.8,
-        "warmup_steps": 11,
         "save_every": 100,
         "prompt": "AMBROSE:\nCome in, and shut the door",
         "temperature": 0.5,  # to recite; at 0.9 a sample soon leaves the text
@@ -306,7 +308,6 @@ PRESETS: dict[str, dict] = {
         "steps": 5000,
         "lr": 1e-2,
         "beta1": 0.95,
-        "warmup_steps": 300,
         "randomize_batches": True,
         "target_loss": 0.0,
         "best_by": "val",
@@ -325,7 +326,6 @@ PRESETS: dict[str, dict] = {
         "steps": 5000,
         "lr": 5e-3,
         "beta1": 0.95,
-        "warmup_steps": 300,
         "randomize_batches": True,
         "target_loss": 0.0,
         "best_by": "val",
@@ -559,7 +559,7 @@ def no_bar() -> bool | None:
 
 def fetch_corpus(path: Path) -> None:
     """Downloads tiny Shakespeare to `path`, checked by SHA-256. Raises UsageError when that can't be done."""
-    remedy = f"put the file at {path} yourself, or train on the bundled text: --input_file data/sample.txt"
+    remedy = f"put the file at {path} yourself, or train on the bundled play, data/sample.txt: --preset demo"
     data = bytearray()
     try:
         with urllib.request.urlopen(CORPUS_URL, timeout=30) as response:
@@ -1138,13 +1138,21 @@ def pick_device(name: str) -> torch.device:
     return torch.device(name, int(os.environ.get("LOCAL_RANK", 0))) if name == "cuda" else torch.device(name)
 
 
+def native_bf16(device: torch.device) -> bool:
+    """Does the device say that it multiplies bf16 itself? No stopwatch here: the answer decides what is computed, and
+    has to be the same in each process and after each start."""
+    if device.type == "cpu":
+        capabilities = torch.cpu.get_capabilities()
+        return bool(capabilities.get("avx512_bf16") or capabilities.get("amx_bf16"))
+    return device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
+
+
 def cpu_has_bf16() -> bool:
     """Does the processor multiply bf16 itself? Emulated, it is 40 to 500 times slower than fp32 (pytorch 146508).
 
     x86 processors say so. Elsewhere it also depends on how torch was built, so a small product is timed."""
-    capabilities = torch.cpu.get_capabilities()
-    if capabilities.get("architecture") == "x86_64":
-        return bool(capabilities.get("avx512_bf16") or capabilities.get("amx_bf16"))
+    if torch.cpu.get_capabilities().get("architecture") == "x86_64":
+        return native_bf16(torch.device("cpu"))
     seconds = {}
     for dtype in (torch.float32, torch.bfloat16):
         a = torch.ones(256, 256, dtype=dtype)
@@ -1373,17 +1381,10 @@ def find_limit(runtime: Runtime, config: GPTConfig, rows: int, measured: bool) -
 # ======================================================================================================================
 
 
-def native_bf16(device: torch.device) -> bool:
-    """Does the device multiply bf16 itself, as far as one can tell?"""
-    if device.type == "cpu":
-        return cpu_has_bf16()
-    return device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
-
-
 def orthogonalized(matrix: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-    """The matrix with its singular values all brought near 1 (0.7 to 1.2), by five Newton-Schulz steps in `dtype`, with
-    the coefficients of Jordan et al. 2024: what the gradient says rarely then moves the weights as much as what it
-    says all the time."""
+    """The matrix with its singular values brought near 1 (0.7 to 1.2, but for the smallest) by five Newton-Schulz steps
+    in `dtype`, with the coefficients of Jordan et al. 2024: what the gradient says rarely then moves the weights about
+    as much as what it says all the time."""
     tall = matrix.size(0) > matrix.size(1)
     x = (matrix.T if tall else matrix).to(dtype)
     x = x / x.norm().clamp(min=1e-7)
@@ -1407,7 +1408,10 @@ class Muon(torch.optim.Muon):
             for p in group["params"]:
                 if p.grad is None:
                     continue
-                average = self.state[p].setdefault("momentum_buffer", torch.zeros_like(p))
+                state = self.state[p]
+                if not state:
+                    state["momentum_buffer"] = torch.zeros_like(p)
+                average = state["momentum_buffer"]
                 average.lerp_(p.grad, 1 - group["momentum"])
                 ahead = p.grad.lerp(average, group["momentum"])  # Nesterov's
                 p.mul_(1 - group["lr"] * group["weight_decay"])
@@ -2913,11 +2917,13 @@ class Loop:
         self.limit, what = find_limit(t.runtime, t.model.config, c.batch_size * c.seq_len, measured=not c.no_mfu)
         by_muon = sum(p.numel() for group in t.optimizer.param_groups for p in group["params"] if "momentum" in group)
         size = (12 * total - 4 * by_muon) / 1e9  # fp32: weights, and two averages of AdamW or one of Muon
+        in_bf16 = "bf16" if native_bf16(t.runtime.device) else "fp32, since bf16 is only emulated here,"
+        muon = f"Muon in {in_bf16} for the matrices of the blocks, otherwise " if by_muon else ""
         fused = "in one fused kernel" if t.optimizer.defaults["fused"] else "not fused: this device has no such kernel"
         for line in (
             f"Device: {t.runtime.describe_device()}, because {why}",
             f"Precision: {t.runtime.describe_precision()}, because {t.runtime.reason}",
-            f"Optimizer: {'Muon for the matrices of the blocks, otherwise ' * (c.optimizer == 'muon')}AdamW, {fused}",
+            f"Optimizer: {muon}AdamW, {fused}",
             f"Args: {json.dumps(dataclasses.asdict(c), ensure_ascii=False)}",
             f"Parameters: {total:,} ({4 * total / 1e6:,.4g} MB in fp32)",
             "Parameters by component: " + ", ".join(f"{name} {count:,}" for name, count in counts.items()),

@@ -162,7 +162,8 @@ def test_what_is_left_open_follows_the_length_of_the_run(tiny):
     long = tiny(steps=200_000).resolved(100, 1)
     assert (long.warmup_steps, long.save_every, long.sample_every) == (300, 1000, 1000)
     short = tiny(steps=50).resolved(100, 1)
-    assert (short.warmup_steps, short.save_every, short.sample_every) == (2, 5, 100)
+    assert (short.warmup_steps, short.save_every, short.sample_every) == (5, 5, 100)
+    assert tiny(steps=train.TrainConfig.steps).resolved(100, 1).warmup_steps == 60  # as in the published run
     assert tiny(steps=50, sample_every=7).resolved(100, 1).sample_every == 7
     assert tiny(steps=None, epochs=1.5).resolved(101, 2).steps == 76  # 151.5 batches, two a step
 

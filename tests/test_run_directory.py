@@ -55,7 +55,7 @@ def test_the_log_opens_with_what_decides_the_run_and_closes_with_its_end(finishe
         assert any(m.startswith(start) for m in opening), start
     assert "Tokens per step: 64 (batch_size 2 x seq_len 32 x grad_accum 1 x processes 1)" in opening
     args = json.loads(next(m for m in opening if m.startswith("Args: ")).removeprefix("Args: "))
-    assert args["steps"] == 20 and args["warmup_steps"] == 1 and args["save_every"] == 2
+    assert args["steps"] == 20 and args["warmup_steps"] == 2 and args["save_every"] == 2
     assert "Ended: steps done at step 20 of 20" in closing
 
 

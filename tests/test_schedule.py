@@ -174,7 +174,7 @@ def test_muon_does_without_bf16_where_it_would_crawl(tiny, monkeypatch):
     monkeypatch.setattr(train, "orthogonalized", lambda m, dtype: dtypes.append(dtype) or plain(m, dtype))
     after = []
     for native in (True, False):
-        monkeypatch.setattr(train, "cpu_has_bf16", lambda native=native: native)
+        monkeypatch.setattr(torch.cpu, "get_capabilities", lambda native=native: {"avx512_bf16": native})
         torch.manual_seed(0)
         model = train.GPT(train.GPTConfig(block_size=8, vocab_size=11, n_layer=1, n_head=1, n_embd=32))
         p = model.transformer.h[0].mlp.c_fc.weight

@@ -472,7 +472,6 @@ def test_the_published_figures_are_those_of_the_records(name):
 )
 def test_a_resumed_run_equals_one_that_never_stopped(tiny, tmp_path, monkeypatch, options):
     """Interrupted twice in the middle of a pass: the same rows, samples and checkpoints, bit for bit."""
-    monkeypatch.setattr(train, "cpu_has_bf16", lambda: True)
     settings = {"steps": 60, "save_every": 20, "sample_every": 20, "log_every": 4, **options}
     train.train(tiny(out_dir=str(tmp_path / "whole"), **settings))
     for stop_at in (20, 47, None):  # at a save, and between two
@@ -694,8 +693,7 @@ def test_a_run_that_reached_its_target_has_nothing_more_to_do(tiny):
         ({"input_file": __file__}, "isn't the checkpoint's text"),
     ],
 )
-def test_another_run_is_not_resumed_by_mistake(tiny, tmp_path, monkeypatch, changes, sentence):
-    monkeypatch.setattr(train, "cpu_has_bf16", lambda: True)
+def test_another_run_is_not_resumed_by_mistake(tiny, tmp_path, changes, sentence):
     train.train(tiny())
     before = (tmp_path / "out" / "run.json").read_bytes()
     with pytest.raises(train.UsageError, match=sentence):
