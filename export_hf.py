@@ -263,6 +263,12 @@ def read_weights(folder: Path) -> dict[str, torch.Tensor]:
     return {name: t for name, t in named.items() if not name.endswith((".attn.bias", ".attn.masked_bias"))}  # masks
 
 
+def usual_flags(preset: str) -> Sequence[str]:
+    """TUNING, unless the preset says how to train: those of a shape alone don't."""
+    of_shape = {name for name, its in train.PRESETS.items() if its and its.keys() <= set(train.MODEL_FLAGS)}
+    return TUNING if preset in {"", *of_shape} else ()
+
+
 def import_folder(folder: Path, out_dir: str, flags: Sequence[str]) -> None:
     """A run directory at step 0 with the folder's weights. Raises train.UsageError or train.RunError."""
     shape = read_shape(folder)
@@ -276,9 +282,9 @@ def import_folder(folder: Path, out_dir: str, flags: Sequence[str]) -> None:
     weights = read_weights(folder)
     if shape["block_size"] < train.TrainConfig.seq_len and "seq_len" not in given:
         shape["seq_len"] = shape["block_size"]  # the longest windows that it can read
-    of_shape = {name for name, its in train.PRESETS.items() if its and its.keys() <= set(train.MODEL_FLAGS)}
-    usual = TUNING if given.get("preset", "") in {"", *of_shape} else []  # a preset with a recipe keeps it
-    config = train.config_from_flags([*usual, *flags, "--out_dir", out_dir, *(f"--{k}={v}" for k, v in shape.items())])
+    config = train.config_from_flags(
+        [*usual_flags(given.get("preset", "")), *flags, "--out_dir", out_dir, *(f"--{k}={v}" for k, v in shape.items())]
+    )
     if config.tokenizer != "gpt2":
         raise train.UsageError("tokenizer char conflicts with the model's, which is GPT-2's: leave --tokenizer out")
     run_dir = train.RunDirectory(out_dir)

@@ -5,8 +5,8 @@
 Trains on the bundled text at the full size of the model (8 x 256 tokens a step and AdamW, unless --flags says
 otherwise), with a clock round each part of the loop. Prints two Markdown tables: the time from the start of the process
 to its first step, with token ids in the cache; and what each part costs at the default intervals of a run of --plan
-steps, as a share of the steps' own time. While a checkpoint is written in the background, steps take longer: that counts
-for the save.
+steps, as a share of the steps' own time. While a checkpoint is written in the background, steps take longer: that
+counts for the save.
 """
 
 from __future__ import annotations

@@ -65,6 +65,11 @@ def test_every_setting_explains_itself():
     assert all(f.metadata["help"] for f in train.FIELDS.values())
 
 
+@pytest.mark.parametrize("preset", train.PRESETS)
+def test_a_short_trial_of_any_preset_needs_no_other_flag(preset):
+    train.config_from_flags(["--preset", preset, "--steps", "5", "--device", "cpu"]).validate()
+
+
 def test_a_sound_configuration_passes(tiny):
     tiny().validate()
 

@@ -245,6 +245,11 @@ def test_a_model_of_characters_is_loaded_with_its_own_tokens(tmp_path, several):
         theirs("€")
 
 
+@pytest.mark.parametrize(("preset", "tuned"), [("", True), ("gpt2-medium", True), ("muon", False), ("demo", False)])
+def test_a_preset_of_a_shape_says_nothing_of_training(preset, tuned):
+    assert export_hf.usual_flags(preset) == (export_hf.TUNING if tuned else ())
+
+
 def test_an_imported_model_has_gpt2s_tokens(folder, tmp_path, capsys):
     flags = ["--import", str(folder), "--out_dir", str(tmp_path / "out"), "--tokenizer", "char", "--steps", "5"]
     assert export_hf.main(flags) == 2
