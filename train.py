@@ -1395,7 +1395,7 @@ def orthogonalized(matrix: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
 
 
 class Muon(torch.optim.Muon):
-    """torch's Muon (Jordan et al. 2024), but in fp32 where bf16 is only emulated: torch's own knows bf16 alone.
+    """torch's Muon (Jordan et al. 2024), but in fp32 where bf16 isn't known to be native: torch's own has bf16 alone.
     Updates are scaled to the size of AdamW's (Liu et al. 2025, section 2.2), so that the usual learning rates do."""
 
     def __init__(self, params, dtype: torch.dtype, **options):
@@ -2917,8 +2917,7 @@ class Loop:
         self.limit, what = find_limit(t.runtime, t.model.config, c.batch_size * c.seq_len, measured=not c.no_mfu)
         by_muon = sum(p.numel() for group in t.optimizer.param_groups for p in group["params"] if "momentum" in group)
         size = (12 * total - 4 * by_muon) / 1e9  # fp32: weights, and two averages of AdamW or one of Muon
-        in_bf16 = "bf16" if native_bf16(t.runtime.device) else "fp32, since bf16 is only emulated here,"
-        muon = f"Muon in {in_bf16} for the matrices of the blocks, otherwise " if by_muon else ""
+        muon = f"Muon in {t.optimizer.parts[0].dtype} for the blocks' matrices, otherwise " if by_muon else ""
         fused = "in one fused kernel" if t.optimizer.defaults["fused"] else "not fused: this device has no such kernel"
         for line in (
             f"Device: {t.runtime.describe_device()}, because {why}",

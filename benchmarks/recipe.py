@@ -28,8 +28,7 @@ import train  # noqa: E402
 SMALL = "--n_layer 6 --n_head 6 --n_embd 384"
 BASE = (
     "--optimizer adamw --batch_size 2 --seq_len 256 --beta1 0.9 --beta2 0.95 --weight_decay 0 --num_prompts 0"
-    " --recall_places 0 --no_mfu"
-    " --save_minutes 0"
+    " --recall_places 0 --no_mfu --save_minutes 0"
 )
 
 
