@@ -66,8 +66,9 @@ def test_every_setting_explains_itself():
 
 
 @pytest.mark.parametrize("preset", train.PRESETS)
-def test_a_short_trial_of_any_preset_needs_no_other_flag(preset):
-    train.config_from_flags(["--preset", preset, "--steps", "5", "--device", "cpu"]).validate()
+def test_a_short_trial_of_any_preset_needs_no_other_flag(preset, tmp_path):
+    run_dir = str(tmp_path / "run")
+    train.config_from_flags(["--preset", preset, "--steps", "5", "--device", "cpu", "--out_dir", run_dir]).validate()
 
 
 def test_a_sound_configuration_passes(tiny):
@@ -125,8 +126,9 @@ def test_a_value_that_cannot_be_read_causes_no_second_complaint():
     assert len(flag_problems("--steps", "many", "--input_file", __file__)) == 1
 
 
-def test_a_negative_number_is_a_value_and_not_a_flag():
-    assert flag_problems("--preset", "demo", "--lr", "-3e-4") == ["lr -0.0003 is too small: use a number over 0"]
+def test_a_negative_number_is_a_value_and_not_a_flag(tmp_path):
+    argv = ["--preset", "demo", "--out_dir", str(tmp_path / "run"), "--lr", "-3e-4"]
+    assert flag_problems(*argv) == ["lr -0.0003 is too small: use a number over 0"]
 
 
 def test_explicit_flags_win_over_the_preset(tmp_path):
