@@ -1,0 +1,446 @@
+"""Reads what a run wrote into its directory, and copes with what is missing or half written.
+
+    RUN/run.json                 how the run was made and how it ended
+    RUN/logs/train_metrics.csv   a row for each logged step, with at least the columns step and loss
+    RUN/logs/train.log           stands in for the CSV where that has no steps
+    RUN/samples/samples.txt      blocks of a rule of `=`, `STEP n`, and for each prompt `PROMPT:` and `OUTPUT:`
+
+Runs of other programs are read too: their files may stand at other places under similar names."""
+
+from __future__ import annotations
+
+import ast
+import contextlib
+import csv
+import json
+import math
+import os
+import re
+import shlex
+import sys
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from report.markdown import harmless
+
+# What other programs call the columns of their CSV.
+ALIASES = {"global_step": "step", "iter": "step", "iteration": "step", "train_loss": "loss", "learning_rate": "lr"}
+# The columns that are read, and how tables show them.
+FORMATS = {
+    "step": ".0f",
+    "epoch": ".2f",
+    "tokens": ",.0f",
+    "loss": ".6f",
+    "avg_loss": ".6f",
+    "val_loss": ".6f",
+    "lr": ".2e",
+    "grad_norm": ".3f",
+    "tok_per_s": ",.1f",
+    "elapsed_s": ",.1f",
+}
+LOG_LINE = re.compile(r"(?P<time>\d{4}-\d\d-\d\d[ T]\d\d:\d\d:\d\d)[,.\d]*Z? *\| *\w+ *\| *(?P<message>.*)")
+# The message of a step begins with `step 10/30`; its figures stand behind that.
+LOG_STEP = re.compile(r"(?:^|[|\]:>]\s{0,9})(?:global_)?(?:step|iter|iteration)[ :=]{1,12}(\d[\d,]{0,14})\b", re.I)
+NUMBER = r"[ :=]{1,12}([-+]?(?:\d[\d,]*\.?\d*(?:e[-+]?\d+)?|nan|inf))(?![\w%]|\.\w)"
+LOG_FIGURES = {
+    "loss": re.compile(rf"(?<!best )(?<!val )\b(?:train_)?loss{NUMBER}", re.I),
+    "lr": re.compile(rf"\blr{NUMBER}", re.I),
+    "tok_per_s": re.compile(rf"\btok/s{NUMBER}", re.I),
+    "avg_loss": re.compile(rf"\bavg_loss{NUMBER}", re.I),
+    "val_loss": re.compile(rf"\bval[_ ]loss{NUMBER}", re.I),
+    "epoch": re.compile(rf"\bepoch{NUMBER}", re.I),
+}
+SAMPLE_HEAD = re.compile(r"^={20,}[ \t]*\n+STEP[ \t:]+(\d{1,15})[^\n]*\n", re.M)
+LEFT_OUT_NAMED = 3  # rows of a CSV that are left out and named one by one; the others are counted
+
+Row = dict[str, float]  # the figures of a logged step; keys are those of FORMATS
+
+
+class ReadmeError(Exception):
+    """Broken markers, or a run that can't be read. Each problem is one sentence, with file and line."""
+
+
+def finite(value) -> float | None:
+    """The value, if it is a finite number."""
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        return None
+    if not abs(value) < sys.float_info.max:  # also false for nan, and an int may be too large for a float
+        return None
+    return float(value)
+
+
+def under_or_not(loss: float, target: float) -> str:
+    """The target is strict: a loss that equals it isn't under it."""
+    return "under" if loss < target else "not under"
+
+
+def thin(n: int, most: int) -> list[int]:
+    """At most `most` of the indices 0 .. n-1, evenly spaced, the first and the last among them."""
+    if n <= most:
+        return list(range(n))
+    return [round(i * (n - 1) / (most - 1)) for i in range(most)]
+
+
+def relative(path: Path, base: Path) -> str:
+    """The path seen from `base`, so that it doesn't matter from where the program is called."""
+    try:
+        return Path(os.path.relpath(path, base)).as_posix()
+    except ValueError:  # two drives of Windows
+        return path.as_posix()
+
+
+# ---- A run ----
+
+
+@dataclass(frozen=True)
+class Run:
+    """A run directory, as far as it could be read."""
+
+    folder: str  # as the README names it
+    record: dict  # run.json; {} where there is none
+    rows: list[Row]  # the logged steps, each once, in order
+    log: list[str]
+    sample: tuple[int | None, str]  # (step, text) of the latest; (None, "") where there is none
+    beside: tuple[Run, ...] = ()  # the published runs on the same text
+    held_out: tuple[Run, ...] = ()  # the published runs that held some of it out
+
+    def number(self, key: str) -> float | None:
+        return finite(self.record.get(key))
+
+    def text(self, key: str) -> str | None:
+        value = self.record.get(key)
+        if isinstance(value, str) and value.strip():
+            return value
+        return None
+
+    def part(self, name: str) -> dict:
+        """An object in run.json; {} where there is none."""
+        value = self.record.get(name)
+        return value if isinstance(value, dict) else {}
+
+    def with_figure(self, key: str) -> list[Row]:
+        """The rows that have a finite `key`. For avg_loss: only those since the first full pass."""
+        rows = [row for row in self.rows if math.isfinite(row.get(key, math.nan))]
+        if key == "avg_loss":
+            rows = [row for row in rows if row.get("epoch", 1) >= 1]
+        return rows
+
+    def best(self, key: str) -> Row | None:
+        """The first row with the lowest `key`."""
+        return min(self.with_figure(key), key=lambda row: row[key], default=None)
+
+    def measure(self) -> str:
+        """The loss that tells most: avg_loss, where there is one of a full pass."""
+        return "avg_loss" if self.best("avg_loss") else "loss"
+
+    def settings(self) -> dict:
+        """The configuration, from run.json or else from the log's line `Args: {...}`."""
+        config = self.record.get("config")
+        if isinstance(config, dict):
+            return config
+        for line in reversed(self.log):  # the last start comes first
+            args = read_args(line.partition("Args: ")[2])
+            if args is not None:
+                return args
+        return {}
+
+    def target_loss(self) -> float:
+        """0 where there is none."""
+        target = finite(self.record.get("target_loss", self.settings().get("target_loss")))
+        if target is None:
+            return 0.0
+        return max(0.0, target)
+
+    def proven_over(self) -> str:
+        """What final_loss is the mean over."""
+        if finite(self.part("corpus").get("held_out")):
+            return "all of the text but what was held out"
+        return "the whole text"
+
+    def closing(self) -> list[tuple[str, str]]:
+        """(time, message) of what follows the log's last step, or else of its last line."""
+        found = []
+        after_last_step = 0
+        for line in self.log:
+            match = LOG_LINE.match(line)
+            if not match:
+                continue
+            message = match["message"]
+            found.append((match["time"].replace("T", " "), message))
+            if step_of(message):
+                after_last_step = len(found)
+        if after_last_step in (0, len(found)):
+            return found[-1:]
+        return found[after_last_step:]
+
+
+def read_run(folder: Path, name: str) -> tuple[Run, list[str]]:
+    """(the run, notes on what was passed over). Raises ReadmeError where there is no run, or one that can't be read."""
+    notes: list[str] = []
+    log_file = find(folder, "logs/train.log", r"\.log$", notes)
+    csv_file = find(folder, "logs/train_metrics.csv", r"(metric|loss|train|log|history).*\.csv$", notes)
+    sample_file = find(folder, "samples/samples.txt", r"sample.*\.txt$", notes)
+    record_file = folder / "run.json"
+    if not (log_file or csv_file or sample_file or record_file.is_file()):
+        raise ReadmeError(f"{folder} holds no run: {where_a_run_is(folder)}")
+    record = read_record(record_file)
+    log = read_log(log_file) if log_file else []
+    rows = read_metrics(csv_file, notes) if csv_file else []
+    if not rows:
+        rows = rows_of_log(log)
+        if rows:
+            notes.append(f"{folder} has no CSV with steps: the log serves")
+    sample = (None, "")
+    if sample_file:
+        sample = read_sample(sample_file)
+    return Run(harmless(name), record, rows, log, sample), notes
+
+
+def where_a_run_is(folder: Path) -> str:
+    """A hint for a user who named the folder above the run."""
+    below = [path.parent for path in folder.glob("*/run.json")]
+    below += [path.parent.parent for path in folder.glob("*/logs/train.log")]
+    if not below:
+        return "train first, or name another --run_dir"
+    first = min(below)
+    return f"there is one in {first}: use --run_dir {shlex.quote(str(first))}"
+
+
+# ---- Files ----
+
+
+def find(folder: Path, usual: str, pattern: str, notes: list[str]) -> Path | None:
+    """The file at its usual place, or else the last by name that fits the pattern, in the folder or one below."""
+    if (folder / usual).is_file():
+        return folder / usual
+    others = []
+    for path in (*folder.glob("*"), *folder.glob("*/*")):
+        if re.search(pattern, path.name, re.I) and path.is_file():
+            others.append(path)
+    if not others:
+        return None
+    last = max(others, key=in_natural_order)
+    notes.append(f"{folder / usual} isn't there: {last} serves")
+    return last
+
+
+def in_natural_order(path: Path) -> list[str | int]:
+    """A sort key by which run_9 comes before run_10: every second part is a number."""
+    parts: list[str | int] = list(re.split(r"(\d+)", path.as_posix()))
+    parts[1::2] = map(int, parts[1::2])
+    return parts
+
+
+def read_text(path: Path) -> str:
+    """A text file of any newline style, in UTF-8, or in UTF-16 as PowerShell writes it; the newlines become \\n."""
+    data = path.read_bytes()
+    encoding = "utf-8-sig"
+    if data.startswith((b"\xff\xfe", b"\xfe\xff")):
+        encoding = "utf-16"
+    text = data.decode(encoding, "replace")
+    return "\n".join(line.rstrip("\r") for line in text.split("\n"))
+
+
+def read_record(path: Path) -> dict:
+    """run.json; {} where there is none."""
+    if not path.is_file():
+        return {}
+    remedy = "mend it, or remove it to go by the log"
+    try:
+        record = json.loads(read_text(path))
+    except json.JSONDecodeError as e:
+        raise ReadmeError(f"{path}:{e.lineno}: this isn't JSON ({e.msg}): {remedy}") from None
+    except (ValueError, RecursionError):  # a number of thousands of digits, or brackets inside brackets
+        raise ReadmeError(f"{path}:1: this is JSON beyond all measure: {remedy}") from None
+    if not isinstance(record, dict):
+        raise ReadmeError(f"{path}:1: this isn't a JSON object: {remedy}")
+    return record
+
+
+def read_sample(path: Path) -> tuple[int | None, str]:
+    """(step, text) of the latest block that has any output; a file without such blocks is taken whole."""
+    parts = SAMPLE_HEAD.split(read_text(path))  # text before the first block, then step, text, step, text ...
+    if len(parts) == 1:
+        return None, parts[0].strip("\n")
+    with_output = (None, "")
+    with_text = (None, "")
+    for step, text in zip(parts[1::2], parts[2::2], strict=True):
+        block = (int(step), text.strip("\n"))
+        if text.strip():
+            with_text = block
+        if re.search(r"^OUTPUT:\s*\S", text, re.M):
+            with_output = block
+    return with_output if with_output[1] else with_text
+
+
+# ---- The log ----
+
+
+def read_log(path: Path) -> list[str]:
+    """The log's lines. The last one is left out if it has no line end and seems to be cut."""
+    lines = read_text(path).replace("\r", "\n").split("\n")  # a progress bar goes back by a bare \r
+    last = lines.pop()
+    if not seems_cut(last, lines):
+        lines.append(last)
+    return lines
+
+
+def seems_cut(last: str, lines: Sequence[str]) -> bool:
+    """A step's line is cut if it looks unlike the step before it; another line if it has no words."""
+    if not LOG_STEP.search(last[:500]):
+        return not re.search(r"[^\W\d]", last)
+    step_before = ""
+    for line in reversed(lines):
+        if step_of(line):
+            step_before = line
+            break
+    return form(last) != form(step_before)
+
+
+def form(line: str) -> tuple[int, str]:
+    """How many fields a step's line has, and how its last one looks, digit by digit behind the point."""
+    last_field = line.rpartition("|")[2]
+    shape = re.sub(r"\d+(?=\.|$)", "0", last_field, count=1)
+    return line.count("|"), shape.replace("0.", ".")
+
+
+def step_of(line: str) -> Row | None:
+    """The figures of a log line that tells of a step; None if it doesn't."""
+    head = LOG_STEP.search(line[:500])
+    if not head:
+        return None
+    row: Row = {"step": int(head[1].replace(",", ""))}
+    for key, pattern in LOG_FIGURES.items():
+        found = pattern.search(line[:2000], head.end())
+        if found:
+            row[key] = float(found[1].replace(",", ""))
+    if "loss" in row or "val_loss" in row:
+        return row
+    return None
+
+
+def rows_of_log(log: Sequence[str]) -> list[Row]:
+    steps = map(step_of, log)
+    return in_order(row for row in steps if row)
+
+
+def read_args(text: str) -> dict | None:
+    """The settings behind `Args: `: this program writes JSON there, other programs write Python."""
+    if not text.startswith("{"):
+        return None
+    for read in (json.loads, ast.literal_eval):
+        with contextlib.suppress(ValueError, TypeError, SyntaxError, RecursionError, MemoryError):
+            value = read(text)
+            if isinstance(value, dict):
+                return value
+    return None
+
+
+# ---- The CSV ----
+
+
+def read_metrics(path: Path, notes: list[str]) -> list[Row]:
+    """The CSV's rows, each step once. What is left out is noted."""
+    text = read_text(path)
+    lines = [(number, line) for number, line in enumerate(text.split("\n"), 1) if line.strip()]
+    if not lines:
+        return []
+    first_number, first_line = lines[0]
+    header = read_header(first_line)
+    if "step" not in header or "loss" not in header:
+        notes.append(f"{path}:{first_number}: the columns step and loss aren't there")
+        return []
+    rows, left_out = read_rows(lines, header, open_end=not text.endswith("\n"))
+    for number, why in left_out[:LEFT_OUT_NAMED]:
+        notes.append(f"{path}:{number}: row left out, since {why}")
+    if len(left_out) > LEFT_OUT_NAMED:
+        notes.append(f"{path}: {len(left_out) - LEFT_OUT_NAMED} more rows left out")
+    kept = in_order(rows)
+    steps = {row["step"] for row in kept}
+    gone = [row for row in rows if row["step"] not in steps]
+    if gone:
+        notes.append(f"{path}: {len(gone)} rows left out, since the run went back behind their steps")
+    return kept
+
+
+def read_header(line: str) -> list[str]:
+    """The names of the columns, by the names that FORMATS has."""
+    names = [name.strip(' "').lower() for name in line.split(",")]
+    header = []
+    for name in names:
+        known = ALIASES.get(name, name)
+        if known in names:  # a column that has the name already wins over one that only means the same
+            known = name
+        header.append(known)
+    return header
+
+
+def read_rows(
+    lines: Sequence[tuple[int, str]], header: Sequence[str], open_end: bool
+) -> tuple[list[Row], list[tuple[int, str]]]:
+    """(the rows below the header, (line number, why) of each line that is no row)."""
+    first_line = lines[0][1].strip()
+    last_number = lines[-1][0]
+    rows = []
+    left_out = []
+    for number, line in lines[1:]:
+        may_be_cut = open_end and number == last_number
+        row = read_row(line, header, may_be_cut)
+        if row:
+            rows.append(row)
+        elif line.strip() == first_line:
+            continue  # the header again, of a run that was begun anew, is no loss
+        elif may_be_cut:
+            left_out.append((number, "it has no line end, so it may be cut"))
+        else:
+            left_out.append((number, f"it isn't {len(header)} cells, of which one is the step"))
+    return rows, left_out
+
+
+def read_row(line: str, header: Sequence[str], may_be_cut: bool) -> Row | None:
+    """The figures of a line, or None. Where the line may be cut, its last figure doesn't count."""
+    cells = read_cells(line)
+    if len(cells) != len(header):
+        return None
+    if may_be_cut:
+        cells.pop()
+    row: Row = {}
+    for key, cell in zip(header, cells, strict=False):
+        number = to_float(cell)
+        if key in FORMATS and number is not None:
+            row[key] = number
+    step = finite(row.pop("step", None))
+    if step is None or not row:
+        return None
+    if may_be_cut and "loss" not in row:
+        return None
+    return {"step": int(step), **row}
+
+
+def read_cells(line: str) -> list[str]:
+    try:
+        return next(csv.reader([line.replace("\0", "")], skipinitialspace=True))
+    except csv.Error:
+        return []
+
+
+def to_float(text: str) -> float | None:
+    with contextlib.suppress(ValueError):
+        return float(text)
+    return None
+
+
+def in_order(rows: Iterable[Row]) -> list[Row]:
+    """Each step once: a run that was resumed from an earlier step made those after it again.
+
+    A row without a loss, as that of a held-out loss may be, adds its figures to the row of its step."""
+    kept: list[Row] = []
+    for row in rows:
+        if kept and kept[-1]["step"] == row["step"] and "loss" not in row:
+            kept[-1] = kept[-1] | row
+            continue
+        while kept and kept[-1]["step"] >= row["step"]:
+            kept.pop()
+        kept.append(row)
+    return kept
