@@ -3,22 +3,29 @@
 from __future__ import annotations
 
 import csv
-import dataclasses
+import functools
 import os
 import sys
 from pathlib import Path
 
 import pytest
+import tiktoken.load
 import torch
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
 import train  # noqa: E402
+from support.checkpoint import load_checkpoint  # noqa: E402
+from support.machine import start_runtime  # noqa: E402
+from support.text import load_text, load_tokenizer  # noqa: E402
 
 # These models are too small to share among threads; and bits are the same only with the same number of them.
 torch.set_num_threads(1)
 os.environ["OMP_NUM_THREADS"] = "1"  # of the processes that tests start
+
+# Reading GPT-2's ranks takes longer than a run of a tiny model. They are the same each time: their hashes are checked.
+tiktoken.load.data_gym_to_mergeable_bpe_ranks = functools.cache(tiktoken.load.data_gym_to_mergeable_bpe_ranks)
 
 PLAY = ROOT / "data" / "sample.txt"
 SHAKESPEARE = ROOT / "data" / "input.txt"
@@ -50,15 +57,17 @@ TINY = {
 }
 
 
-@pytest.fixture(autouse=True)
-def own_folders(tmp_path_factory, monkeypatch):
+@pytest.fixture(scope="session", autouse=True)
+def own_folders(tmp_path_factory):
     """No test reads or writes the user's cache."""
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.getbasetemp() / "cache"))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.getbasetemp() / "cache"))
+        yield
 
 
 @pytest.fixture(scope="session")
 def tokenizer():
-    return train.load_tokenizer("gpt2")
+    return load_tokenizer("gpt2")
 
 
 @pytest.fixture
@@ -66,9 +75,24 @@ def tiny(tmp_path):
     """tiny(**changes) -> a TrainConfig for a run that takes about a second, in tmp_path/out."""
 
     def make(**changes) -> train.TrainConfig:
-        return dataclasses.replace(train.TrainConfig(), **({"out_dir": str(tmp_path / "out"), **TINY} | changes))
+        settings = {"out_dir": str(tmp_path / "out"), **TINY, **changes}
+        return train.TrainConfig(**settings)
 
     return make
+
+
+@pytest.fixture(scope="session")
+def short_text(tmp_path_factory):
+    """A file with the play's first 1,300 characters."""
+    path = tmp_path_factory.getbasetemp() / "short.txt"
+    path.write_text(PLAY.read_text(encoding="utf-8")[:1300], encoding="utf-8")
+    return str(path)
+
+
+@pytest.fixture
+def quick(tiny, short_text):
+    """tiny with a token for each character of a short text: 21 batches a pass, and a step takes milliseconds."""
+    return functools.partial(tiny, input_file=short_text, tokenizer="char")
 
 
 @pytest.fixture
@@ -76,8 +100,9 @@ def make_trainer():
     """make_trainer(config) -> a Trainer on the CPU that writes no file."""
 
     def make(config: train.TrainConfig) -> train.Trainer:
-        tokenizer, corpus = train.load_text(config)
-        return train.Trainer(config, corpus, tokenizer, train.start_runtime(config))
+        tokenizer, corpus = load_text(config.input_file, config.tokenizer, config.cache_dir)
+        runtime = start_runtime(config.device, config.amp, config.deterministic)
+        return train.Trainer(config, corpus, tokenizer, runtime)
 
     return make
 
@@ -85,8 +110,12 @@ def make_trainer():
 def tiny_flags(out_dir, **changes) -> list[str]:
     """TINY as a command line."""
     settings = {"out_dir": str(out_dir), **TINY, **changes}
-    pairs = [(f"--{name}", str(value)) if value is not True else (f"--{name}",) for name, value in settings.items()]
-    return [part for pair in pairs for part in pair]
+    flags = []
+    for name, value in settings.items():
+        flags.append(f"--{name}")
+        if value is not True:
+            flags.append(str(value))
+    return flags
 
 
 def rows_of(out_dir) -> list[dict[str, str]]:
@@ -94,13 +123,20 @@ def rows_of(out_dir) -> list[dict[str, str]]:
         return list(csv.DictReader(f))
 
 
+def log_of(out_dir) -> str:
+    return (Path(out_dir) / "logs" / "train.log").read_text(encoding="utf-8")
+
+
 def without_times(rows: list[dict[str, str]]) -> list[dict[str, str]]:
-    return [{k: v for k, v in row.items() if k not in ("tok_per_s", "elapsed_s", "mfu")} for row in rows]
+    kept = []
+    for row in rows:
+        kept.append({name: value for name, value in row.items() if name not in ("tok_per_s", "elapsed_s", "mfu")})
+    return kept
 
 
 def weights_of(out_dir) -> dict[str, torch.Tensor]:
-    return train.load_checkpoint(Path(out_dir) / "checkpoints" / "last.pt")["model"]
+    return load_checkpoint(Path(out_dir) / "checkpoints" / "last.pt")["model"]
 
 
 def same_weights(a: dict, b: dict) -> bool:
-    return a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)
+    return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)

@@ -1,12 +1,13 @@
-"""Settings: names, defaults, presets, and problems reported all at once."""
+"""TrainConfig: names, defaults, presets, and each problem with its remedy."""
 
 from __future__ import annotations
 
 import pytest
-from hypothesis import given, settings
-from hypothesis import strategies as st
+from conftest import ROOT
 
 import train
+from support.cli import UsageError
+from support.presets import PRESETS
 
 # The command line that users have in their notes: a name or a default may only change on purpose.
 CONTRACT = {
@@ -45,14 +46,8 @@ CONTRACT = {
 
 
 def problems_of(config: train.TrainConfig) -> list[str]:
-    with pytest.raises(train.UsageError) as caught:
+    with pytest.raises(UsageError) as caught:
         config.validate()
-    return caught.value.problems
-
-
-def flag_problems(*argv: str) -> list[str]:
-    with pytest.raises(train.UsageError) as caught:
-        train.config_from_flags(argv)
     return caught.value.problems
 
 
@@ -62,13 +57,10 @@ def test_flags_keep_their_names_and_defaults(name):
 
 
 def test_every_setting_explains_itself():
-    assert all(f.metadata["help"] for f in train.FIELDS.values())
+    assert all(one.metadata["help"] for one in train.FIELDS.values())
 
 
-@pytest.mark.parametrize("preset", train.PRESETS)
-def test_a_short_trial_of_any_preset_needs_no_other_flag(preset, tmp_path):
-    run_dir = str(tmp_path / "run")
-    train.config_from_flags(["--preset", preset, "--steps", "5", "--device", "cpu", "--out_dir", run_dir]).validate()
+# ---- problems ----
 
 
 def test_a_sound_configuration_passes(tiny):
@@ -89,7 +81,10 @@ def test_a_sound_configuration_passes(tiny):
         ({"target_loss": -0.1}, "target_loss -0.1 is too small"),
         ({"steps": None}, "the run has no length: give --steps N or --epochs N"),
         ({"epochs": 2.0}, "steps and epochs exclude each other"),
+        ({"steps_per_epoch": 5}, "steps_per_epoch is for runs by epochs: add --epochs N"),
         ({"warmup_steps": 7}, "warmup_steps 7 is over steps 6"),
+        ({"patience": 3}, "patience and best_by val need held-out text: add --val_fraction 0.1"),
+        ({"best_by": "val"}, "patience and best_by val need held-out text"),
         ({"preset": "demoo"}, "preset 'demoo' is unknown: did you mean demo?"),
         ({"amp": "fp17"}, "amp 'fp17' is unknown: did you mean fp16?"),
         ({"amp": "fp16"}, "amp fp16 on a CPU is about a thousand times slower than fp32: use --amp auto"),
@@ -97,11 +92,13 @@ def test_a_sound_configuration_passes(tiny):
         ({"seed": 2**32}, "seed 4294967296 is too large"),
         ({"lr": "fast"}, "lr 'fast' isn't of type float"),
         ({"input_file": ""}, "input_file (empty) doesn't exist"),
+        ({"out_dir": ""}, "out_dir is empty: name a folder for the run"),
         ({"out_dir": __file__ + "/run"}, "out_dir"),
         ({"out_dir": "x" * 5000}, "out_dir"),
         ({"resume": "auto", "overwrite": True}, "resume and overwrite exclude each other"),
+        ({"init_from": "elsewhere", "resume": "last.pt"}, "init_from starts a run, and resume goes on with one"),
         ({"input_file": "nowhere.txt"}, "input_file nowhere.txt doesn't exist"),
-        ({"input_file": "assets"}, "input_file assets is a folder without .txt files"),
+        ({"input_file": str(ROOT / "assets")}, f"input_file {ROOT / 'assets'} is a folder without .txt files"),
         ({"input_file": ("data/sample.txt", "nowhere.txt")}, "input_file nowhere.txt doesn't exist"),
         ({"input_file": ("data/sample.txt", 7)}, "input_file ('data/sample.txt', 7) isn't of type str"),
     ],
@@ -113,96 +110,60 @@ def test_each_problem_has_its_sentence(tiny, changes, sentence):
 
 def test_problems_are_reported_all_at_once(tiny):
     problems = problems_of(tiny(lr=-1.0, n_embd=17, seq_len=65, input_file="nowhere.txt"))
-    assert [p.split()[0] for p in problems] == ["lr", "n_embd", "seq_len", "input_file"]
+    assert [problem.split()[0] for problem in problems] == ["lr", "n_embd", "seq_len", "input_file"]
 
 
-def test_unreadable_flags_and_unsound_values_are_reported_together():
-    problems = flag_problems("--stepz", "5", "--lr", "fast", "--n_embd", "770", "--batch_size", "-1", "--seed")
-    assert {p.split()[0].lstrip("-") for p in problems} == {"stepz", "lr", "n_embd", "batch_size", "seed"}
-    assert "--stepz is unknown: did you mean --steps?" in problems
-
-
-def test_a_value_that_cannot_be_read_causes_no_second_complaint():
-    assert len(flag_problems("--steps", "many", "--input_file", __file__)) == 1
-
-
-def test_a_negative_number_is_a_value_and_not_a_flag(tmp_path):
-    argv = ["--preset", "demo", "--out_dir", str(tmp_path / "run"), "--lr", "-3e-4"]
-    assert flag_problems(*argv) == ["lr -0.0003 is too small: use a number over 0"]
-
-
-def test_explicit_flags_win_over_the_preset(tmp_path):
-    config = train.config_from_flags(["--preset", "demo", "--lr", "1e-5", "--out_dir", str(tmp_path / "run")])
-    assert (config.lr, config.batch_size) == (1e-5, train.PRESETS["demo"]["batch_size"])
-
-
-def test_a_given_length_replaces_the_one_of_the_preset(tmp_path):
-    config = train.config_from_flags(["--preset", "demo", "--epochs", "2", "--out_dir", str(tmp_path / "run")])
-    assert (config.steps, config.epochs) == (None, 2.0)
-
-
-@pytest.mark.parametrize(
-    ("argv", "sentence"),
-    [
-        (["--compile=yes"], "--compile=yes takes no value"),
-        (["--epochs", "inf"], "epochs inf isn't a finite number"),
-        (["--prompt", "caf\udce9"], "prompt 'caf\\udce9' isn't UTF-8"),
-        (["word"], "'word' stands alone"),
-    ],
-)
-def test_odd_flags_have_their_sentence_beside_the_others(argv, sentence, tmp_path):
-    first, second = flag_problems("--preset", "demo", "--out_dir", str(tmp_path / "run"), *argv, "--lr", "-1")
-    assert sentence in first + second and "lr -1.0 is too small" in first + second
-
-
-def test_the_prompt_takes_escapes(tmp_path):
-    argv = ["--preset", "demo", "--out_dir", str(tmp_path / "run"), "--prompt", r"TILDA:\n\tA\\n"]
-    assert train.config_from_flags(argv).prompt == "TILDA:\n\tA\\n"
-
-
-def test_switches_can_be_turned_off(tmp_path):
-    argv = ["--preset", "demo", "--out_dir", str(tmp_path / "run"), "--compile", "--no-compile"]
-    assert train.config_from_flags(argv).compile is False
-
-
-def test_what_is_left_open_follows_the_length_of_the_run(tiny):
-    long = tiny(steps=200_000).resolved(100, 1)
-    assert (long.warmup_steps, long.save_every, long.sample_every) == (300, 1000, 1000)
-    short = tiny(steps=50).resolved(100, 1)
-    assert (short.warmup_steps, short.save_every, short.sample_every) == (5, 5, 100)
-    assert tiny(steps=train.TrainConfig.steps).resolved(100, 1).warmup_steps == 60  # as in the published run
-    assert tiny(steps=50, sample_every=7).resolved(100, 1).sample_every == 7
-    assert tiny(steps=None, epochs=1.5).resolved(101, 2).steps == 76  # 151.5 batches, two a step
+def test_a_warm_up_longer_than_the_epochs_is_a_usage_error(tiny):
+    """How long an epoch is, is known only when the text is."""
+    with pytest.raises(UsageError, match="warmup_steps 500 is over steps 40"):
+        train.train(tiny(steps=None, epochs=1.0, warmup_steps=500))
 
 
 def test_an_existing_run_is_not_overwritten_silently(tiny, tmp_path):
     (tmp_path / "out" / "logs").mkdir(parents=True)
     (tmp_path / "out" / "logs" / "train.log").touch()
     (problem,) = problems_of(tiny())
-    assert "--resume auto" in problem and "--overwrite" in problem
+    assert "--resume auto" in problem
+    assert "--overwrite" in problem
     tiny(overwrite=True).validate()
     tiny(resume="auto").validate()
     (problem,) = problems_of(tiny(resume=str(tmp_path / "other" / "checkpoints" / "last.pt")))
     assert "already holds a run" in problem
 
 
-NUMBERS = st.one_of(st.integers(-5, 5), st.floats(), st.none(), st.text(max_size=3))
+# ---- what is left open ----
 
 
-@settings(max_examples=100, deadline=None)
-@given(st.lists(st.tuples(st.sampled_from(sorted(train.FIELDS)), NUMBERS), max_size=5))
-def test_no_flags_ever_end_in_a_traceback(pairs):
-    argv = [part for name, value in pairs for part in ((f"--{name}",) if value is None else (f"--{name}", str(value)))]
-    try:
-        train.config_from_flags(argv)
-    except (train.UsageError, train.RunError) as e:
-        assert str(e)
-    except SystemExit as e:  # -h
-        assert e.code == 0
+def test_what_is_left_open_follows_the_length_of_the_run(tiny):
+    long = tiny(steps=200_000).completed(100, 1)
+    assert (long.warmup_steps, long.eval_every, long.save_every, long.sample_every) == (300, 1000, 1000, 1000)
+    short = tiny(steps=50).completed(100, 1)
+    assert (short.warmup_steps, short.eval_every, short.save_every, short.sample_every) == (5, 5, 5, 100)
+    one = tiny(steps=1).completed(100, 1)
+    assert (one.warmup_steps, one.eval_every, one.save_every) == (0, 1, 1)
 
 
-def test_input_file_may_be_given_several_times(tmp_path):
-    sample, license_ = str(train.HERE / "data" / "sample.txt"), str(train.HERE / "LICENSE")
-    flags = ["--input_file", sample, "--input_file", license_, "--out_dir", str(tmp_path / "out")]
-    assert train.config_from_flags(flags).input_file == (sample, license_)
-    assert train.config_from_flags(flags[2:]).input_file == license_
+def test_what_is_given_stays_as_it_is(tiny):
+    given = {"warmup_steps": 3, "eval_every": 4, "save_every": 6, "sample_every": 7}
+    completed = tiny(steps=50, **given).completed(100, 1)
+    assert {name: getattr(completed, name) for name in given} == given
+
+
+def test_epochs_become_steps(tiny):
+    assert tiny(steps=None, epochs=1.5).completed(101, 2).steps == 76  # 151.5 batches, two a step
+    assert tiny(steps=None, epochs=2.5, steps_per_epoch=8).completed(101, 2).steps == 20
+
+
+# ---- presets ----
+
+
+@pytest.mark.parametrize("preset", PRESETS)
+def test_a_short_trial_of_any_preset_needs_no_other_flag(preset, tmp_path):
+    run_dir = str(tmp_path / "run")
+    flags = ["--preset", preset, "--steps", "5", "--device", "cpu", "--out_dir", run_dir]
+    train.config_from_flags(flags).completed(100, 1)  # neither complains
+
+
+def test_the_published_run_warms_up_in_60_steps(tmp_path):
+    config = train.config_from_flags(["--preset", "shakespeare", "--out_dir", str(tmp_path / "run")])
+    assert config.completed(100, 1).warmup_steps == 60

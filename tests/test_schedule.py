@@ -1,4 +1,4 @@
-"""AdamW and OneCycleLR: the rate of step k is a function of the configuration and k alone."""
+"""Optimizers and OneCycleLR: the rate of step k is a function of the configuration and k alone."""
 
 from __future__ import annotations
 
@@ -9,16 +9,20 @@ import pytest
 import torch
 
 import train
+from support import kernels
 
 
-def optimizer_of(config):
-    model = train.GPT(train.GPTConfig(block_size=8, vocab_size=11, n_layer=1, n_head=1, n_embd=4))
-    return train.build_optimizer(model, config)
+def small_model(n_layer: int = 1, n_embd: int = 4) -> train.GPT:
+    return train.GPT(train.GPTConfig(block_size=8, vocab_size=11, n_layer=n_layer, n_head=1, n_embd=n_embd))
 
 
-def curve(config, start=0):
+def optimizer_of(config) -> torch.optim.Optimizer:
+    return train.build_optimizer(small_model(), config)
+
+
+def curve(config, start: int = 0) -> list[float]:
     """lr of each step from start + 1 on."""
-    config = config.resolved(1, 1)
+    config = config.completed(1, 1)
     optimizer = optimizer_of(config)
     scheduler = train.build_scheduler(optimizer, config, start)
     rates = []
@@ -30,46 +34,30 @@ def curve(config, start=0):
     return rates
 
 
+# ---- the curve ----
+
+
 def test_first_peak_and_last_rate(tiny):
     rates = curve(tiny(steps=400, warmup_steps=30, lr=1e-3))
     assert len(rates) == 400
     assert rates[0] == pytest.approx(1e-3 / 25)
     assert rates[29] == max(rates) == pytest.approx(1e-3)  # the peak is step warmup_steps
     assert rates[-1] == min(rates) == pytest.approx(1e-3 / 25 / 1e4)
-    assert rates[:30] == sorted(rates[:30]) and rates[29:] == sorted(rates[29:], reverse=True)
+    assert rates[:30] == sorted(rates[:30])
+    assert rates[29:] == sorted(rates[29:], reverse=True)
 
 
 def test_a_long_run_does_not_warm_up_for_a_third_of_it(tiny):
-    config = tiny(steps=200_000).resolved(1, 1)
+    config = tiny(steps=200_000, optimizer="adamw").completed(1, 1)
     scheduler = train.build_scheduler(optimizer_of(config), config, 299)
     assert scheduler.get_last_lr() == [pytest.approx(config.lr)] * 3
-
-
-@pytest.mark.parametrize("embed_lr", [1e-2, 0.0])
-@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
-def test_the_embeddings_have_a_rate_of_their_own_at_each_step_and_after_a_resume(tiny, optimizer, embed_lr):
-    config = tiny(steps=20, warmup_steps=4, embed_lr=embed_lr, optimizer=optimizer).resolved(1, 1)
-    whole = curve(config)
-    for start in (0, 7):
-        built = optimizer_of(config)
-        scheduler = train.build_scheduler(built, config, start)
-        for rate in whole[start:]:
-            others, tables = [], []
-            for group in built.param_groups:
-                (tables if any(p.shape == (11, 4) for p in group["params"]) else others).append(group["lr"])
-            assert others == [pytest.approx(rate)] * 2 and tables == [
-                pytest.approx(rate * (embed_lr or config.lr) / config.lr)
-            ]
-            built.step()
-            if rate != whole[-1]:
-                scheduler.step()
 
 
 @pytest.mark.parametrize("steps", [1, 2, 3, 10])
 def test_any_warm_up_of_any_length_is_finite_and_never_over_the_peak(tiny, steps):
     for warmup in range(steps + 1):
         rates = curve(tiny(steps=steps, warmup_steps=warmup, lr=1.0))
-        assert all(math.isfinite(r) and 0 < r <= 1.0 + 1e-12 for r in rates), (warmup, rates)
+        assert all(math.isfinite(rate) and 0 < rate <= 1.0 + 1e-12 for rate in rates), (warmup, rates)
         if warmup > 1:
             assert rates[warmup - 1] == pytest.approx(1.0)
 
@@ -82,18 +70,37 @@ def test_the_curve_does_not_depend_on_where_it_is_resumed(tiny):
 
 
 def test_a_loaded_optimizer_brings_back_no_old_rate(tiny):
-    old = tiny(steps=10, lr=1.0).resolved(1, 1)
+    old = tiny(steps=10, lr=1.0).completed(1, 1)
     saved = optimizer_of(old)
     train.build_scheduler(saved, old)
-    new = tiny(steps=40, lr=1e-2, warmup_steps=4).resolved(1, 1)
+    new = tiny(steps=40, lr=1e-2, warmup_steps=4).completed(1, 1)
     optimizer = optimizer_of(new)
     optimizer.load_state_dict(saved.state_dict())
     train.build_scheduler(optimizer, new, 7)
     assert optimizer.param_groups[0]["lr"] == curve(new)[7]
 
 
+@pytest.mark.parametrize("embed_lr", [1e-2, 0.0])
+@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
+def test_the_embeddings_have_a_rate_of_their_own_at_each_step_and_after_a_resume(tiny, optimizer, embed_lr):
+    config = tiny(steps=20, warmup_steps=4, embed_lr=embed_lr, optimizer=optimizer).completed(1, 1)
+    ratio = (embed_lr or config.lr) / config.lr
+    whole = curve(config)
+    for start in (0, 7):
+        built = optimizer_of(config)
+        scheduler = train.build_scheduler(built, config, start)
+        for step in range(start, config.steps):
+            rate = whole[step]
+            for group in built.param_groups:
+                has_tables = any(p.shape == (11, 4) for p in group["params"])
+                assert group["lr"] == pytest.approx(rate * ratio if has_tables else rate)
+            built.step()
+            if step + 1 < config.steps:
+                scheduler.step()
+
+
 def test_the_schedule_leaves_the_betas_alone(tiny):
-    config = tiny(beta1=0.9, beta2=0.95).resolved(1, 1)
+    config = tiny(optimizer="adamw", beta1=0.9, beta2=0.95).completed(1, 1)
     optimizer = optimizer_of(config)
     scheduler = train.build_scheduler(optimizer, config)
     for _ in range(5):
@@ -102,89 +109,102 @@ def test_the_schedule_leaves_the_betas_alone(tiny):
         scheduler.step()
 
 
+# ---- what each optimizer trains ----
+
+
 def test_only_matrices_decay(tiny):
-    groups = optimizer_of(tiny(weight_decay=0.3)).param_groups
+    groups = optimizer_of(tiny(optimizer="adamw", weight_decay=0.3)).param_groups
     for group, decay in zip(groups, (0.3, 0.3, 0.0), strict=True):
         assert group["weight_decay"] == decay
         assert all((p.dim() >= 2) == (decay > 0) for p in group["params"])
-    assert sum(len(g["params"]) for g in groups) == 2 + 12 + 2  # all of them, the tied head once
-
-
-def test_a_device_without_fused_adamw_gets_the_plain_one(tiny, monkeypatch):
-    real = torch.optim.AdamW
-
-    def no_fused(groups, fused=None, **options):
-        if fused:
-            raise RuntimeError("`fused=True` requires another device")
-        return real(groups, **options)
-
-    assert optimizer_of(tiny()).defaults["fused"]
-    monkeypatch.setattr(torch.optim, "AdamW", no_fused)
-    assert not optimizer_of(tiny()).defaults["fused"]
+    assert sum(len(group["params"]) for group in groups) == 2 + 12 + 2  # all of them, the tied head once
 
 
 def test_muon_has_the_matrices_of_the_blocks_and_adamw_the_rest(tiny):
-    model = train.GPT(train.GPTConfig(block_size=8, vocab_size=11, n_layer=2, n_head=1, n_embd=4))
+    model = small_model(n_layer=2)
     optimizer = train.build_optimizer(model, tiny(optimizer="muon", weight_decay=0.3, lr=1e-2))
     names = {id(p): name for name, p in model.named_parameters()}
-    muon, decayed, rest = ([names[id(p)] for p in group["params"]] for group in optimizer.param_groups)
-    assert len(muon) == 2 * 4 and all(name.startswith("transformer.h.") and name.endswith("weight") for name in muon)
-    assert decayed == ["transformer.wte.weight", "transformer.wpe.weight"]
-    assert len(muon) + len(decayed) + len(rest) == len(list(model.parameters()))
-    assert [group["weight_decay"] for group in optimizer.param_groups] == [0.3, 0.3, 0.0]
+    muon, tables, rest = ([names[id(p)] for p in group["params"]] for group in optimizer.param_groups)
+    assert len(muon) == 2 * 4
+    assert all(name.startswith("transformer.h.") and name.endswith("weight") for name in muon)
+    assert tables == ["transformer.wte.weight", "transformer.wpe.weight"]
     assert all("ln_" in name or name.endswith("bias") for name in rest)
+    assert len(muon) + len(tables) + len(rest) == len(list(model.parameters()))
+    assert [group["weight_decay"] for group in optimizer.param_groups] == [0.3, 0.3, 0.0]
+
+
+@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
+def test_adamw_is_one_fused_kernel(tiny, optimizer):
+    assert optimizer_of(tiny(optimizer=optimizer)).defaults["fused"]
+
+
+# ---- Muon ----
 
 
 def test_muon_and_adamw_do_together_what_each_does_alone(tiny):
     """The same updates as torch's two optimizers called by hand, with a state that is loaded on the way."""
-    config = tiny(optimizer="muon", steps=8, warmup_steps=3, lr=1e-2, weight_decay=0.2).resolved(1, 1)
+    config = tiny(optimizer="muon", steps=8, warmup_steps=3, lr=1e-2, beta1=0.9, beta2=0.95, weight_decay=0.2)
+    config = config.completed(1, 1)
     torch.manual_seed(0)
-    a = train.GPT(train.GPTConfig(block_size=8, vocab_size=11, n_layer=1, n_head=1, n_embd=4))
+    a = small_model()
     b = copy.deepcopy(a)
     optimizer = train.build_optimizer(a, config)
     scheduler = train.build_scheduler(optimizer, config)
     blocks = [p for p in b.transformer.h.parameters() if p.dim() == 2]
     tables = [b.transformer.wte.weight, b.transformer.wpe.weight]
-    rest = [p for p in b.parameters() if p.dim() == 1]
-    groups = [{"params": tables, "weight_decay": 0.2}, {"params": rest, "weight_decay": 0.0}]
-    alone = [
-        torch.optim.Muon(blocks, momentum=0.9, weight_decay=0.2, adjust_lr_fn="match_rms_adamw"),
-        torch.optim.AdamW(groups, betas=(0.9, 0.95), fused=True),
-    ]
+    vectors = [p for p in b.parameters() if p.dim() == 1]
+    groups = [{"params": tables, "weight_decay": 0.2}, {"params": vectors, "weight_decay": 0.0}]
+    muon_alone = torch.optim.Muon(blocks, momentum=0.9, weight_decay=0.2, adjust_lr_fn="match_rms_adamw")
+    adamw_alone = torch.optim.AdamW(groups, betas=(0.9, 0.95), fused=True)
     for step, rate in enumerate(curve(config), 1):
         for p, q in zip(a.parameters(), b.parameters(), strict=True):
             p.grad = torch.randn_like(p)
             q.grad = p.grad.clone()
-        for group in (group for part in alone for group in part.param_groups):
+        for group in (*muon_alone.param_groups, *adamw_alone.param_groups):
             group["lr"] = rate
-        for part in (optimizer, *alone):
-            part.step()
+        optimizer.step()
+        muon_alone.step()
+        adamw_alone.step()
         assert all(torch.equal(p, q) for p, q in zip(a.parameters(), b.parameters(), strict=True)), step
         if step == 4:
-            state, optimizer = optimizer.state_dict(), train.build_optimizer(a, config)
-            optimizer.load_state_dict(copy.deepcopy(state))
+            state = copy.deepcopy(optimizer.state_dict())
+            optimizer = train.build_optimizer(a, config)
+            optimizer.load_state_dict(state)
             scheduler = train.build_scheduler(optimizer, config, 4)
         elif step < 8:
             scheduler.step()
 
 
+def update_by_muon(config) -> torch.Tensor:
+    """By how much one step moves a matrix."""
+    torch.manual_seed(0)
+    model = small_model(n_embd=32)
+    matrix = model.transformer.h[0].mlp.c_fc.weight
+    before = matrix.detach().clone()
+    optimizer = train.build_optimizer(model, config)
+    for p in model.parameters():
+        p.grad = torch.randn_like(p)
+    optimizer.step()
+    return matrix.detach() - before
+
+
 def test_muon_does_without_bf16_where_it_would_crawl(tiny, monkeypatch):
     """In fp32, which gives what bf16 gives, but for the rounding."""
-    dtypes, plain = [], train.orthogonalized
-    monkeypatch.setattr(train, "orthogonalized", lambda m, dtype: dtypes.append(dtype) or plain(m, dtype))
-    after = []
-    for native in (True, False):
-        monkeypatch.setattr(torch.cpu, "get_capabilities", lambda native=native: {"avx512_bf16": native})
-        torch.manual_seed(0)
-        model = train.GPT(train.GPTConfig(block_size=8, vocab_size=11, n_layer=1, n_head=1, n_embd=32))
-        p = model.transformer.h[0].mlp.c_fc.weight
-        optimizer, before = train.build_optimizer(model, tiny(optimizer="muon", lr=1e-2)), p.detach().clone()
-        for q in model.parameters():
-            q.grad = torch.randn_like(q)
-        optimizer.step()
-        after.append(p.detach() - before)
-    assert set(dtypes[:4]) == {torch.bfloat16} and set(dtypes[4:]) == {torch.float32} and len(dtypes) == 8
-    assert 0 < (after[0] - after[1]).norm() < 0.02 * after[1].norm()
+    real = kernels.orthogonalized
+    dtypes = []
+
+    def orthogonalized(matrix, dtype):
+        dtypes.append(dtype)
+        return real(matrix, dtype)
+
+    monkeypatch.setattr(kernels, "orthogonalized", orthogonalized)
+    config = tiny(optimizer="muon", lr=1e-2)
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"avx512_bf16": True})
+    in_bf16 = update_by_muon(config)
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"avx512_bf16": False})
+    in_fp32 = update_by_muon(config)
+    assert dtypes == [torch.bfloat16] * 4 + [torch.float32] * 4  # a block has four matrices
+    assert 0 < (in_bf16 - in_fp32).norm() < 0.02 * in_fp32.norm()
 
 
 @pytest.mark.parametrize("shape", [(16, 48), (48, 16), (24, 24)])
@@ -192,7 +212,8 @@ def test_orthogonalized_brings_all_singular_values_near_one(shape):
     torch.manual_seed(1)
     u, _, v = torch.linalg.svd(torch.randn(shape), full_matrices=False)
     scales = torch.logspace(0, -1.5, min(shape))
-    inside = u.T @ train.orthogonalized(u * scales @ v, torch.float32) @ v.T
+    inside = u.T @ kernels.orthogonalized(u * scales @ v, torch.float32) @ v.T
     values = torch.diagonal(inside)
-    assert values.min() > 0.6 and values.max() < 1.3
+    assert values.min() > 0.6
+    assert values.max() < 1.3
     assert torch.allclose(inside, torch.diag(values), atol=1e-3)  # the directions are the same

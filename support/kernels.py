@@ -1,0 +1,189 @@
+"""What torch lacks: the head's loss in chunks, attention by plain products on a CPU, and the Muon optimizer."""
+
+from __future__ import annotations
+
+import contextlib
+import math
+
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+
+
+def linear_cross_entropy(x: torch.Tensor, weight: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+    """Mean cross-entropy, in nats, of the head's logits x @ weight.T: x (N, C), weight (V, C), targets (N,) of class
+    ids, or -1 for rows that don't count. Products run in autocast's type."""
+    kind = x.device.type
+    dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype
+    return LinearCrossEntropy.apply(x, weight, targets, dtype)
+
+
+class LinearCrossEntropy(torch.autograd.Function):
+    """Mean cross-entropy of the head, F.cross_entropy(x @ weight.T, targets), without the logits of all rows at once:
+    50,257 of them a row, in fp32 and with their gradients, would take more memory than the rest of the model.
+
+    A chunk of rows makes its logits, its loss and, since these need nothing from behind the loss, its gradients in one
+    go (Hsu et al. 2024, "Liger Kernel"); backward only scales them. Products run in `dtype`, softmax and sums in fp32.
+    """
+
+    @staticmethod
+    def forward(ctx, x, weight, targets, dtype):
+        """x (N, C), weight (V, C), targets (N,) of class ids or -1 for rows that don't count -> loss, in nats."""
+        V = weight.size(0)
+        differentiate = any(ctx.needs_input_grad)
+        # Processors and GPUs multiply aligned sizes faster: 50,257 becomes 50,304. Padding has no probability.
+        w = weight.new_zeros(-(-V // 64) * 64, weight.size(1), dtype=dtype)
+        w[:V] = weight
+        counts = targets >= 0
+        number = counts.sum()
+        total = 0.0
+        dx = []
+        dw = None
+        rows = 512 if x.device.type == "cpu" else 4096
+        chunks = zip(x.to(dtype).split(rows), targets.split(rows), counts.split(rows), strict=True)
+        for xc, tc, counted in chunks:
+            logits = xc @ w.t()
+            logits[:, V:] = -math.inf
+            p = F.softmax(logits, dim=-1, dtype=torch.float32)
+            target = (torch.arange(len(tc), device=tc.device), tc.clamp(min=0))
+            # A probability below the smallest float is a loss of 87 nats, not an infinite one.
+            total -= (p[target].clamp(min=torch.finfo(p.dtype).tiny).log() * counted).sum()
+            if differentiate:  # d loss / d logits = (p - one-hot) / number of rows, which is left to backward
+                p[target] -= 1
+                logits.copy_(p.mul_(counted[:, None]))
+                dx.append(logits @ w)
+                part = (logits.t() @ (xc / 32))[:V]  # /32: the sum of a frequent token's rows must fit into fp16
+                dw = part.float() if dw is None else dw.add_(part)
+        if differentiate:
+            ctx.save_for_backward(torch.cat(dx), dw, number)
+        ctx.dtypes = (x.dtype, weight.dtype)
+        return total / number
+
+    @staticmethod
+    def backward(ctx, grad):
+        dx, dw, number = ctx.saved_tensors
+        x_dtype, weight_dtype = ctx.dtypes
+        scale = grad / number
+        return dx.to(x_dtype) * scale, dw.mul_(32 * scale).to(weight_dtype), None, None
+
+
+def attention_by_products(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, dropout: float) -> torch.Tensor:
+    """Causal attention of the last T positions of S: q (B, H, T, D), k and v (B, H, S, D) -> (B, H, T, D).
+
+    On CPUs with native bf16, plain products take 40 to 60% of the time of torch's own kernel, forward and backward
+    together. Blocks of 256 queries, each against no more keys than its last query sees, save work where T is long."""
+    B, H, T, D = q.shape
+    past = k.size(2) - T
+    q, k, v = (t.flatten(0, 1) for t in (q, k, v))
+    blocks = []
+    for start in range(0, T, 256):
+        block = q[:, start : start + 256]
+        seen = past + start + block.size(1)
+        mask = q.new_full((block.size(1), seen), -math.inf).triu(past + start + 1)  # row t sees columns up to its own
+        scores = torch.baddbmm(mask, block, k[:, :seen].transpose(1, 2), alpha=1 / math.sqrt(D))
+        blocks.append(F.dropout(scores.softmax(dim=-1), dropout) @ v[:, :seen])
+    return torch.cat(blocks, dim=1).unflatten(0, (B, H))
+
+
+def orthogonalized(matrix: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """The matrix with its singular values brought near 1 (0.7 to 1.2, but for the smallest) by five Newton-Schulz steps
+    in `dtype`, with the coefficients of Jordan et al. 2024: what the gradient says rarely then moves the weights about
+    as much as what it says all the time."""
+    tall = matrix.size(0) > matrix.size(1)
+    x = (matrix.T if tall else matrix).to(dtype)
+    x = x / x.norm().clamp(min=1e-7)
+    for _ in range(5):
+        gram = x @ x.T
+        x = torch.addmm(x, torch.addmm(gram, gram, gram, beta=-4.775, alpha=2.0315), x, beta=3.4445)
+    return x.T if tall else x
+
+
+class Muon(torch.optim.Muon):
+    """torch's Muon (Jordan et al. 2024), but in fp32 where bf16 isn't known to be native: torch's own has bf16 alone.
+    Updates are scaled to the size of AdamW's (Liu et al. 2025, section 2.2), so that the usual learning rates do."""
+
+    def __init__(self, params, dtype: torch.dtype, **options):
+        super().__init__(params, **options)
+        self.dtype = dtype
+
+    @torch.no_grad()
+    def step(self, closure=None) -> None:
+        for group in self.param_groups:
+            for p in group["params"]:
+                if p.grad is not None:
+                    self.update(p, group)
+
+    def update(self, p: torch.Tensor, group: dict) -> None:
+        """One matrix's update, by Nesterov's momentum."""
+        state = self.state[p]
+        if not state:
+            state["momentum_buffer"] = torch.zeros_like(p)
+        average = state["momentum_buffer"]
+        average.lerp_(p.grad, 1 - group["momentum"])
+        ahead = p.grad.lerp(average, group["momentum"])
+        p.mul_(1 - group["lr"] * group["weight_decay"])
+        p.add_(orthogonalized(ahead, self.dtype), alpha=-group["lr"] * 0.2 * math.sqrt(max(p.shape)))
+
+
+class MuonAdamW(torch.optim.Optimizer):
+    """Muon (Jordan et al. 2024) for some groups and AdamW for the rest, as one optimizer: one state in the checkpoint,
+    and a loss scaler that skips an update in both or in neither. To know whether to skip, the scaler waits for the
+    device once a step: unlike fused AdamW, Muon can't look at its flag there."""
+
+    def __init__(self, muon: Muon, adamw: torch.optim.AdamW):
+        self.muon = muon
+        self.adamw = adamw
+        super().__init__([*muon.param_groups, *adamw.param_groups], adamw.defaults)
+        self.share()
+
+    def share(self) -> None:
+        """The two work on this optimizer's own groups and states, so that these are all there is."""
+        count = len(self.muon.param_groups)
+        self.muon.param_groups = self.param_groups[:count]
+        self.adamw.param_groups = self.param_groups[count:]
+        self.muon.state = self.state
+        self.adamw.state = self.state
+
+    def load_state_dict(self, state_dict: dict) -> None:
+        super().load_state_dict(state_dict)
+        self.share()  # loading made new groups and a new dict of states
+
+    def step(self, closure=None) -> None:
+        self.muon.step()
+        self.adamw.step()
+
+
+class PackedLinear(nn.Module):
+    """nn.Linear for few rows on a CPU, with its matrix in oneDNN's own order: otherwise each call reorders it, which
+    takes as long as the product. The two operators are those of torch.compile's frozen models."""
+
+    def __init__(self, linear: nn.Linear):
+        """Raises RuntimeError, AttributeError or TypeError where torch lacks the operators."""
+        super().__init__()
+        self.bias = linear.bias
+        self.dtype = linear.weight.dtype
+        self.packed = torch.ops.mkldnn._reorder_linear_weight(linear.weight.detach(), 1)
+        self(linear.weight.new_zeros(1, linear.in_features))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return torch.ops.mkldnn._linear_pointwise(x.to(self.dtype), self.packed, self.bias, "none", [], "")
+
+
+def prepare_matrices(model: nn.Module, dtype: torch.dtype, on_cpu: bool) -> None:
+    """For inference: gives each matrix, once, the type that autocast would cast it to for every token anew, and on a
+    CPU the order that oneDNN would bring it into. The embedding stays as it is, so the head gets a copy of its own."""
+    for parent in list(model.modules()):
+        for name, module in list(parent.named_children()):
+            if isinstance(module, nn.Linear):
+                setattr(parent, name, prepared(module, dtype, on_cpu))
+
+
+def prepared(linear: nn.Linear, dtype: torch.dtype, on_cpu: bool) -> nn.Module:
+    """The same product, with all that can be done before it done."""
+    own = nn.Linear(linear.in_features, linear.out_features, linear.bias is not None, device="meta")
+    for name, p in linear.named_parameters():
+        setattr(own, name, nn.Parameter(p.detach().to(dtype), requires_grad=False))
+    if on_cpu:
+        with contextlib.suppress(RuntimeError, AttributeError, TypeError):
+            return PackedLinear(own)
+    return own
