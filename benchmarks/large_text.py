@@ -1,6 +1,7 @@
 """Does memory grow with the text? Trains a small GPT-2 for a few steps on texts of several sizes, made here.
 
     python benchmarks/large_text.py --megabytes 10 100 1000
+    python benchmarks/large_text.py --megabytes 1              # a first try: some seconds
 
 For each size, the first start, which tokenizes, and a second one, which finds the tokens in the cache: seconds, and the
 most memory that the process ever had (its maximum resident set, mapped files included). Linux and macOS.
@@ -8,20 +9,15 @@ most memory that the process ever had (its maximum resident set, mapped files in
 
 from __future__ import annotations
 
-import argparse
-import os
 import random
-import subprocess
-import sys
 import tempfile
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parent.parent
-SMALL = (
-    "--optimizer adamw --batch_size 1 --n_layer 2 --n_head 2 --n_embd 64 --seq_len 64 --steps 20 --num_prompts 0"
-    " --recall_places 0 --target_loss 0"
-)
+from common import SMALL, apart, parser, peak_memory, print_header, print_row, run_train
+
+FLAGS = ["--optimizer", "adamw", "--steps", "20", "--num_prompts", "0", "--target_loss", "0", "--overwrite"]
 
 
 def write_text(path: Path, megabytes: int) -> None:
@@ -31,36 +27,41 @@ def write_text(path: Path, megabytes: int) -> None:
     words = ["".join(draw.choices(syllables, k=draw.randint(1, 4))) for _ in range(20_000)]
     with open(path, "w", encoding="utf-8", newline="\n") as f:
         while f.tell() < megabytes * 10**6:
-            lines = (" ".join(draw.choices(words, k=draw.randint(4, 14))).capitalize() + ".\n" for _ in range(200))
-            f.write("".join(line + "\n" * (draw.random() < 0.1) for line in lines))
+            for _ in range(200):
+                line = " ".join(draw.choices(words, k=draw.randint(4, 14)))
+                f.write(line.capitalize() + ".\n")
+                if draw.random() < 0.1:
+                    f.write("\n")
 
 
-def start(text: Path, folder: Path, *flags: str) -> tuple[float, float]:
-    """(seconds, most memory in MB) of one run."""
-    command = [sys.executable, str(ROOT / "train.py"), "--input_file", str(text), "--overwrite", *SMALL.split(), *flags]
-    command += ["--out_dir", str(folder / "out"), "--cache_dir", str(folder / "cache")]
+def memory_of_run(flags: Sequence[str]) -> int:
+    """Trains, and returns the most memory of this process."""
+    run_train(flags)
+    return peak_memory()
+
+
+def start(folder: Path, tokenizer: str) -> str:
+    """Two cells of the table: seconds, and the most memory, of one run on folder/text.txt."""
+    places = ["--input_file", f"{folder}/text.txt", "--out_dir", f"{folder}/out", "--cache_dir", f"{folder}/cache"]
     begin = time.perf_counter()
-    process = subprocess.Popen(command, stdout=subprocess.DEVNULL)
-    _, status, usage = os.wait4(process.pid, 0)
-    process.returncode = os.waitstatus_to_exitcode(status)
-    if process.returncode:
-        raise SystemExit(f"train.py ended with {process.returncode}")
-    return time.perf_counter() - begin, usage.ru_maxrss / (1e6 if sys.platform == "darwin" else 1e3)
+    memory = apart(memory_of_run, [*SMALL, *FLAGS, *places, "--tokenizer", tokenizer])
+    seconds = time.perf_counter() - begin
+    return f"{seconds:.1f} s | {memory / 1e6:,.0f} MB"
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
-    parser.add_argument("--megabytes", type=int, nargs="+", default=[10, 100, 1000])
-    parser.add_argument("--tokenizer", default="gpt2", choices=("gpt2", "char"))
-    args = parser.parse_args()
-    print("| text | first start | most memory | second start | most memory |\n|---:|---:|---:|---:|---:|")
+def main(argv: Sequence[str] | None = None) -> None:
+    flags = parser(__file__, __doc__)
+    flags.add_argument("--megabytes", type=int, nargs="+", default=[10, 100, 1000], help="(default: 10 100 1000)")
+    flags.add_argument("--tokenizer", default="gpt2", choices=("gpt2", "char"), help="(default: gpt2)")
+    args = flags.parse_args(argv)
+    print_header("text", "first start", "most memory", "second start", "most memory")
     for megabytes in args.megabytes:
         with tempfile.TemporaryDirectory() as name:
             folder = Path(name)
             write_text(folder / "text.txt", megabytes)
-            runs = [start(folder / "text.txt", folder, "--tokenizer", args.tokenizer) for _ in range(2)]
-        cells = " | ".join(f"{seconds:.1f} s | {memory:,.0f} MB" for seconds, memory in runs)
-        print(f"| {megabytes:,} MB | {cells} |", flush=True)
+            first = start(folder, args.tokenizer)
+            second = start(folder, args.tokenizer)
+        print_row(f"{megabytes:,} MB", first, second)
 
 
 if __name__ == "__main__":

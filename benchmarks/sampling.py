@@ -1,6 +1,7 @@
 """What the cache of keys and values brings: sample.py beside the same model without one.
 
     python benchmarks/sampling.py --checkpoint out_demo/checkpoints/best.pt        # on a CPU: a few minutes
+    python benchmarks/sampling.py --tokens 8 --rounds 1                            # a first try
 
 Both write the likeliest continuation of the prompt; without a cache, each token costs a pass over all tokens so far.
 In turns, in one process: cached, uncached, cached, uncached, ... Prints a Markdown table: tokens a second, medians with
@@ -9,26 +10,24 @@ lowest and highest, and the ratio in the same round.
 
 from __future__ import annotations
 
-import argparse
+import dataclasses
 import statistics
-import sys
 import time
-from pathlib import Path
+from collections.abc import Callable, Sequence
 
 import torch
+from common import parser, print_header, print_row, spread
 
-ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))
-import sample  # noqa: E402
-import train  # noqa: E402
+import train
+from support.inference import Request, Writer
 
 
-def cached(writer: sample.Writer, request: sample.Request) -> str:
+def cached(writer: Writer, request: Request) -> str:
     return "".join(pieces[0] for pieces in writer.write(request))
 
 
 @torch.no_grad()
-def uncached(writer: sample.Writer, request: sample.Request) -> str:
+def uncached(writer: Writer, request: Request) -> str:
     """The model, as it is called in training, over all tokens so far for each token."""
     prompt, _ = writer.encode(request.prompt)
     rows = torch.tensor([prompt], device=writer.runtime.device)
@@ -39,30 +38,42 @@ def uncached(writer: sample.Writer, request: sample.Request) -> str:
     return writer.tokenizer.decode(rows[0, len(prompt) :].tolist())
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0], allow_abbrev=False)
-    parser.add_argument("--checkpoint", default="out_demo/checkpoints/best.pt")
-    parser.add_argument("--tokens", type=int, default=200)
-    parser.add_argument("--rounds", type=int, default=3)
-    args = parser.parse_args()
-    train.keep_heap()
-    print("| precision | tokens | cached, tok/s | uncached, tok/s | cached is faster by | the same text |")
-    print("| --- | --- | --- | --- | --- | --- |", flush=True)
+def timed(way: Callable[[Writer, Request], str], writer: Writer, request: Request) -> tuple[float, str]:
+    """(tokens a second, the text)"""
+    start = time.perf_counter()
+    text = way(writer, request)
+    return request.max_new_tokens / (time.perf_counter() - start), text
+
+
+def table_row(writer: Writer, request: Request, rounds: int) -> list[str]:
+    cached(writer, dataclasses.replace(request, max_new_tokens=2))  # warms up
+    fast = []
+    slow = []
+    same = True
+    for _ in range(rounds):
+        rate, text = timed(cached, writer, request)
+        slow_rate, slow_text = timed(uncached, writer, request)
+        fast.append(rate)
+        slow.append(slow_rate)
+        same = same and text == slow_text
+    ratio = statistics.median(a / b for a, b in zip(fast, slow, strict=True))
+    precision = writer.runtime.describe_precision()
+    tokens = str(request.max_new_tokens)
+    return [precision, tokens, spread(fast), spread(slow), f"{ratio:.1f}", "yes" if same else "no"]
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    flags = parser(__file__, __doc__)
+    default = "out_demo/checkpoints/best.pt"
+    flags.add_argument("--checkpoint", default=default, help=f"(default: {default})")
+    flags.add_argument("--tokens", type=int, default=200, help="to write (default: 200)")
+    flags.add_argument("--rounds", type=int, default=3, help="(default: 3)")
+    args = flags.parse_args(argv)
+    print_header("precision", "tokens", "cached, tok/s", "uncached, tok/s", "cached is faster by", "the same text")
     for amp in ("auto", "off"):
-        writer = sample.Writer(args.checkpoint, amp=amp)
-        request = sample.Request(writer.trained_prompt, max_new_tokens=args.tokens, temperature=0)
-        cached(writer, sample.Request(writer.trained_prompt, max_new_tokens=2, temperature=0))  # warms up
-        rates, texts = {cached: [], uncached: []}, set()
-        for _ in range(args.rounds):
-            for way, found in rates.items():
-                start = time.perf_counter()
-                texts.add(way(writer, request))
-                found.append(args.tokens / (time.perf_counter() - start))
-        spreads = (f"{statistics.median(r):.1f} ({min(r):.1f} to {max(r):.1f})" for r in rates.values())
-        ratio = statistics.median(a / b for a, b in zip(*rates.values(), strict=True))
-        same = "yes" if len(texts) == 1 else "no"
-        precision = writer.runtime.describe_precision()
-        print(f"| {precision} | {args.tokens} | {' | '.join(spreads)} | {ratio:.1f} | {same} |", flush=True)
+        writer = Writer(args.checkpoint, train.ARCHITECTURES, amp=amp)
+        request = Request(writer.trained_prompt, max_new_tokens=args.tokens, temperature=0)
+        print_row(*table_row(writer, request, args.rounds))
 
 
 if __name__ == "__main__":
