@@ -9,7 +9,7 @@ import random
 import numpy as np
 import pytest
 import torch
-from conftest import PLAY, log_of, rows_of, same_weights, weights_of, without_times
+from conftest import PLAY, TINY, log_of, rows_of, same_weights, weights_of, without_times
 
 import train
 from support import checkpoint, record, rundir
@@ -341,8 +341,6 @@ def test_auto_begins_anew_only_what_left_no_result(quick, tmp_path):
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory, short_text):
     """Settings of a run that is over: long enough for a best.pt."""
-    from conftest import TINY
-
     out_dir = tmp_path_factory.mktemp("finished") / "out"
     settings = {**TINY, "out_dir": str(out_dir), "input_file": short_text, "tokenizer": "char", "steps": 25}
     train.train(train.TrainConfig(**settings))
