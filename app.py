@@ -112,7 +112,7 @@ class Page:
         self.run_dir = run_around(checkpoint)
         try:
             self.writer = Writer(checkpoint, ARCHITECTURES, device, amp)
-        except RunError as e:
+        except (RunError, UsageError) as e:
             self.trouble = str(e)
 
     def status(self) -> str:

@@ -69,6 +69,7 @@ class TrainConfig:
     resume: str = flag("", "go on from this last.pt; auto: from the run directory's, where there is one")
     init_from: str = flag("", "start from these weights: a folder with a GPT-2 for transformers, or a best.pt")
     overwrite: bool = flag(False, "delete the run that out_dir holds and start anew")
+    dry_run: bool = flag(False, "say what the run would take, time two steps, and leave nothing behind")
     seed: int = flag(1337, "seed of initial weights, shuffling, dropout, prompts and samples", least=0, below=2**32)
 
     input_file: str | tuple[str, ...] = flag(
@@ -87,18 +88,18 @@ class TrainConfig:
     n_embd: int = flag(768, "width of the residual stream", least=1)
     dropout: float = flag(0.0, "probability of dropping an activation in training", least=0, below=1)
 
-    batch_size: int = flag(16, "B: windows in a micro-batch (lower it when memory runs out)", "Training", least=1)
+    batch_size: int = flag(8, "B: windows in a micro-batch (lower it when memory runs out)", "Training", least=1)
     seq_len: int = flag(256, "T: tokens in a window, at most block_size", least=1)
     grad_accum: int = flag(1, "micro-batches whose gradients are averaged into one step", least=1)
-    steps: int | None = flag(1300, "optimizer steps; the learning rate's curve ends with them", least=1)
+    steps: int | None = flag(None, "optimizer steps; the learning rate's curve ends with them", least=1)
     epochs: float | None = flag(None, "in place of steps: passes, or epochs of steps_per_epoch", above=0, below=10**6)
     steps_per_epoch: int | None = flag(None, "steps in an epoch (default: a pass over the corpus)", least=1)
     target_loss: float = flag(0.1, "stop once avg_loss, then final_loss, is under this (0: never)", least=0)
-    optimizer: str = flag("muon", "muon: for the blocks' matrices, adamw for the rest", choices=("adamw", "muon"))
-    lr: float = flag(2.5e-3, "peak learning rate", above=0)
+    optimizer: str = flag("adamw", "adamw; muon: that for the blocks' matrices alone", choices=("adamw", "muon"))
+    lr: float = flag(3e-4, "peak learning rate", above=0)
     embed_lr: float = flag(0.0, "peak learning rate of the embeddings (0: as lr)", least=0)
     warmup_steps: int | None = flag(None, "steps to the peak (default: a tenth of steps, at most 300)", least=0)
-    weight_decay: float = flag(0.0, "decay of matrices; biases and LayerNorms have none", least=0)
+    weight_decay: float = flag(0.1, "decay of matrices; biases and LayerNorms have none", least=0)
     beta1: float = flag(0.9, "AdamW's memory of the gradient, and Muon's", least=0, below=1)
     beta2: float = flag(0.95, "AdamW's memory of its square", least=0, below=1)
     clip_grad: float = flag(1.0, "gradient norm to scale down to (0: no clipping)", least=0)
@@ -143,7 +144,7 @@ class TrainConfig:
         if self.seq_len > self.block_size:
             yield "seq_len block_size", f"seq_len {self.seq_len} is over block_size {self.block_size}: use at most that"
         if not (self.steps or self.epochs):
-            yield "steps epochs", "the run has no length: give --steps N or --epochs N, or try --preset demo"
+            yield "steps epochs", record.NO_LENGTH
         if self.steps and self.epochs:
             yield "steps epochs", "steps and epochs exclude each other: give one of them"
         if self.steps_per_epoch and not self.epochs:
@@ -170,7 +171,7 @@ class TrainConfig:
         save_every = self.save_every or min(1000, a_tenth)
         usual = {
             "steps": steps,
-            "warmup_steps": 60 if steps == TrainConfig.steps else min(300, steps // 10),
+            "warmup_steps": min(300, steps // 10),
             "eval_every": min(1000, a_tenth),
             "save_every": save_every,
             "sample_every": max(100, save_every),  # on a CPU, two samples take as long as a few steps
@@ -575,7 +576,7 @@ class CheckpointWriter:
     to 12 bytes a parameter. A write that fails is logged at once and leaves the old files; the next save tries anew.
     The thread starts with the run, when there is memory for it."""
 
-    def __init__(self, run_dir: RunDirectory, before: Sequence[files.PatientFile], log, device, best: float):
+    def __init__(self, run_dir: RunDirectory, before: Sequence[files.PatientFile], log, device, best: tuple):
         self.run_dir = run_dir
         self.before = before  # files that must reach the disk before a checkpoint that comes after their content
         self.log = log
@@ -587,7 +588,7 @@ class CheckpointWriter:
         self.idle.set()
         threading.Thread(target=self.write_all, name="checkpoint writer", daemon=True).start()
 
-    def save(self, state: dict, best: float | None) -> None:
+    def save(self, state: dict, best: tuple | None) -> None:
         """Returns when `state` may change again. `best`: what best.pt is chosen by, if it is to have these weights."""
         self.wait()
         self.failure = None
@@ -609,7 +610,7 @@ class CheckpointWriter:
                 self.fail(e)
             self.idle.set()
 
-    def write(self, state: dict, best: float | None) -> None:
+    def write(self, state: dict, best: tuple | None) -> None:
         """Rows and samples reach the disk before the checkpoint that comes after them."""
         self.copies.wait()
         for file in self.before:
@@ -673,12 +674,14 @@ class Progress:
     lr: float = 0.0
     skipped: int | torch.Tensor = 0  # updates that the loss scaler left out
     best_loss: float = math.inf  # the lowest avg_loss seen
-    best_saved: float = math.inf  # what best.pt was chosen by
+    best_saved: tuple[bool, float] = (True, math.inf)  # what best.pt was chosen by
     next_proof: int = 0  # the step before which a failed proof isn't tried again
     val_loss: float = math.inf
     val_step: int = 0  # the step of val_loss
     best_val_loss: float = math.inf
     stale: int = 0  # measurements of val_loss since the best one
+    recent: list[float] = dataclasses.field(default_factory=list)  # losses of the last hundred steps
+    first_under: dict = dataclasses.field(default_factory=dict)  # where others stop: see record.note_losses
     epoch_loss: float | torch.Tensor = 0.0  # sum of the losses since epoch_start
     epoch_steps: int = 0
     epoch_start: float = 0.0  # in seconds of the run
@@ -720,6 +723,7 @@ class Trainer:
         self.forward = machine.compiled(self.wrapped) if config.compile else self.wrapped
         # The latest training loss of each batch of the corpus, 0 before its first: avg_loss is their mean.
         self.losses = torch.zeros(self.batcher.n_batches, device=runtime.device)
+        self.unread: list[torch.Tensor] = []  # losses of the steps since they were last read
         self.progress = Progress()
 
     def build_model(self) -> GPT:
@@ -779,6 +783,7 @@ class Trainer:
                 self.losses[self.batcher.index(batch)] = value
         progress = self.progress
         progress.loss = torch.stack(all_losses).mean()  # over the whole accumulation, not its last micro-batch
+        self.unread.append(progress.loss)
         progress.epoch_loss = progress.epoch_loss + progress.loss
         progress.epoch_steps += 1
 
@@ -818,8 +823,11 @@ class Trainer:
         seen = max(1, min(self.batcher.position, self.batcher.n_batches))
         return self.losses.cpu().sum(dtype=torch.float64).item() / seen
 
-    def check_finite(self) -> None:
-        """Raises RunError where training broke. With a loss scaler an infinite gradient only skipped the update."""
+    def read_losses(self) -> None:
+        """Reads the losses of the steps since the last time, and raises RunError where training broke. With a loss
+        scaler an infinite gradient only skipped the update."""
+        record.note_losses(self, torch.stack(self.unread).tolist() if self.unread else [])
+        self.unread = []
         loss = float(self.progress.loss)
         grad_norm = float(self.progress.grad_norm)
         broken = not (math.isfinite(loss) and math.isfinite(self.avg_loss()))
@@ -833,7 +841,7 @@ class Trainer:
 
     def measure(self) -> dict:
         """The step's figures, as CSV_FIELDS names them. Waits for the device. Raises RunError if they aren't finite."""
-        self.check_finite()
+        self.read_losses()
         progress = self.progress
         avg_loss = self.avg_loss()
         if self.seen_all():
@@ -981,9 +989,10 @@ class Loop:
             self.sampled_step = rundir.rewind_samples(self.run_dir.samples, RULE, self.started_at)
             if config.tensorboard:
                 self.board = rundir.Board(self.run_dir, self.started_at, self.log)
+        # What one process passes over, all pass over: some of it they do together.
+        self.logged_step, self.sampled_step = self.runtime.first((self.logged_step, self.sampled_step))
         causality = inference.check_causality(trainer.model, self.runtime, config.seq_len)  # may change the precision
-        rows = config.batch_size * config.seq_len
-        self.limit, limit_is = machine.find_limit(self.runtime, trainer.model, rows, measured=not config.no_mfu)
+        self.limit, limit_is = self.find_limit()
         last_pt_bytes = saved_bytes(trainer.model, config.optimizer)
         for line in record.opening(trainer, self.limit, limit_is, causality, last_pt_bytes):
             self.log.info(line)
@@ -1134,13 +1143,27 @@ class Loop:
             return
         self.logged_step = row["step"]
         rate = self.clock.rate(row["tokens"])
-        mfu = f"{self.trainer.model.flops_per_token() * rate / self.limit:.3f}" if self.limit else "unknown"
+        mfu = self.mfu(rate)
         skipped = int(self.progress.skipped) if self.runtime.scaler else None
         self.log.info(record.step_line(row, self.config.steps, rate, mfu, skipped))
         row = {**row, "tok_per_s": round(rate, 1), "elapsed_s": round(self.clock.seconds(), 3), "mfu": mfu}
         if self.runtime.rank == 0:
             self.metrics.write(row)
             self.board.add_row(row)
+
+    def mfu(self, rate: float) -> str:
+        """The share of the devices' limit that is reached at `rate` tokens a second. Over 1 is no share: then the limit
+        was measured while something else was busy, so it is measured again."""
+        flops = self.trainer.model.flops_per_token() * rate
+        if self.runtime.any(self.limit is not None and flops > self.limit):
+            self.limit = max(self.limit, self.find_limit()[0])
+        if self.limit is None or flops > self.limit:
+            return "unknown"
+        return f"{flops / self.limit:.3f}"
+
+    def find_limit(self) -> tuple[float | None, str]:
+        rows = self.config.batch_size * self.config.seq_len
+        return machine.find_limit(self.runtime, self.trainer.model, rows, measured=not self.config.no_mfu)
 
     def tell_estimate(self) -> None:
         """Says once, after some steps of this start, how long it takes to the target."""
@@ -1153,7 +1176,7 @@ class Loop:
     def write_samples(self) -> None:
         """Appends to samples.txt what the model writes now, and shows it."""
         step = self.progress.step
-        if not self.config.num_prompts or self.runtime.first(self.sampled_step) == step:
+        if not self.config.num_prompts or self.sampled_step == step:
             return
         self.texts = self.trainer.sample(self.poll)
         self.sampled_step = step
@@ -1174,30 +1197,41 @@ class Loop:
 
     # ---- what a run leaves behind ----
 
-    def score(self) -> float:
-        """What best.pt is chosen by: lower is better, and infinite as long as there is nothing to go by."""
-        if self.config.best_by == "val":
-            return self.progress.val_loss if self.progress.val_step == self.progress.step else math.inf
-        return self.trainer.avg_loss() if self.trainer.seen_all() else math.inf
+    def score(self) -> tuple[bool, float]:
+        """What best.pt is chosen by: lower is better. (False, loss), of a full pass or of held-out text, is lower than
+        any (True, loss), of the batches seen so far."""
+        avg_loss = self.trainer.avg_loss()
+        if self.config.best_by == "train":
+            return not self.trainer.seen_all(), avg_loss
+        if not self.progress.val_step:
+            return True, avg_loss
+        if self.progress.val_step == self.progress.step:
+            return False, self.progress.val_loss
+        return True, math.inf  # nothing is known of these weights
 
     def save(self, choose_best: bool = True) -> None:
-        """last.pt, and with `choose_best` also best.pt, if this is the lowest avg_loss at a save so far."""
+        """last.pt, and with `choose_best` also best.pt, if these are the best weights of a save so far."""
         self.checkpoints.wait()
-        score = self.score()
+        best = None
+        if choose_best and self.score() < self.checkpoints.best:
+            best = self.score()
+        elif (
+            not self.run_dir.best.exists()
+        ):  # so that a run that stops early has one; the next that is chosen replaces it
+            best = self.checkpoints.best
         # The first process alone knows what is on the disk.
-        better = self.runtime.first(choose_best and score < self.checkpoints.best)
-        again = self.runtime.first(better or self.checkpoints.failure is not None)
-        if self.saved_step == self.progress.step and not again:
+        best, failed = self.runtime.first((best, self.checkpoints.failure is not None))
+        if self.saved_step == self.progress.step and best is None and not failed:
             return
-        self.trainer.check_finite()  # never let broken weights take the place of good ones
+        self.trainer.read_losses()  # never let broken weights take the place of good ones
         self.saved_step = self.progress.step
         self.clock.mark("save")
         self.progress.seconds = self.clock.seconds()
-        self.progress.best_saved = score if better else self.checkpoints.best
+        self.progress.best_saved = best or self.checkpoints.best
         state = self.trainer.state_dict()
         self.board.flush()  # as rows do, figures reach the disk before the checkpoint
         if self.runtime.rank == 0:
-            self.checkpoints.save(state, score if better else None)
+            self.checkpoints.save(state, best)
 
 
 def train(config: TrainConfig, command: str = "") -> dict:
@@ -1209,10 +1243,13 @@ def train(config: TrainConfig, command: str = "") -> dict:
     try:
         if runtime.rank > 0:
             runtime.wait()  # the first process makes the tokens; the others find them in the cache
-        tokenizer, corpus = text.load_text(config.input_file, config.tokenizer, config.cache_dir)
+        tokenizer, corpus = text.load_text(config.input_file, config.tokenizer, config.cache_dir, not config.dry_run)
         if runtime.rank == 0:
             runtime.wait()
         trainer = Trainer(config, corpus, tokenizer, runtime)
+        if config.dry_run:
+            rundir.show("\n".join(record.dry_run(trainer, saved_bytes(trainer.model, config.optimizer))))
+            return {"exit_code": 0}
         with contextlib.ExitStack() as held, warnings.catch_warnings():
             # Where the loss scaler skips the very first step, the schedule does move first, and should.
             warnings.filterwarnings("ignore", message="Detected call of `lr_scheduler.step")
@@ -1269,11 +1306,13 @@ def base_settings(given: dict) -> dict:
         base = {name: value for name, value in saved.items() if name in FIELDS}
     elif given.get("init_from"):
         base = pretrained.with_shape(given["init_from"], {"seq_len": TrainConfig.seq_len, **base}, given)
-    # a given length replaces the one below it
+    # a given length replaces the one below it, and a preset's warm-up, which was meant for that
     if "steps" in given:
-        base["epochs"] = None
-    elif "epochs" in given or base.get("epochs"):
+        base |= {"epochs": None, "steps_per_epoch": None}
+    elif "epochs" in given:
         base["steps"] = None
+    if not saved and given.keys() & {"steps", "epochs"}:
+        base.pop("warmup_steps", None)
     return base
 
 

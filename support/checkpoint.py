@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import errno
+import math
 import zipfile
 from pathlib import Path
 
@@ -40,12 +41,13 @@ def load_checkpoint(path: str | Path, lazy: bool = False) -> dict:
     """A checkpoint, on the CPU. Never runs code that the file may hold. `lazy` reads a tensor only when it is used;
     else the whole file is read and compared with its checksums.
 
-    Raises RunError for a file that is missing, damaged, or of another program or a newer version."""
+    Raises UsageError for a file that isn't there, RunError for one that is damaged, or of another program or a newer
+    version."""
     try:
         check_archive(path, lazy)
         content = torch.load(path, map_location="cpu", weights_only=True, mmap=lazy)
     except FileNotFoundError:
-        raise RunError(f"checkpoint {path} doesn't exist: check the path") from None
+        raise UsageError(f"checkpoint {path} doesn't exist: check the path") from None
     except PermissionError as e:
         raise RunError(f"checkpoint {path} can't be read ({e.strerror}): check its permissions") from None
     except Exception as e:  # arbitrary bytes make torch's reader raise almost anything
@@ -78,8 +80,11 @@ def check_archive(path: str | Path, lazy: bool) -> None:
 def upgrade(content: dict) -> dict:
     """An older checkpoint as this program would have written it."""
     content["config"] = EARLIER_SETTINGS | content["config"]
-    if content["format"] == 1 and "optimizer" in content:
-        content["progress"] = progress_of_format_1(content)
+    if content["format"] == 1:
+        if content["config"].get("steps") == 1300 and content["config"].get("warmup_steps") is None:
+            content["config"]["warmup_steps"] = 60  # which was the default of that many steps
+        if "optimizer" in content:
+            content["progress"] = progress_of_format_1(content)
     return content
 
 
@@ -88,6 +93,7 @@ def progress_of_format_1(content: dict) -> dict:
     names = ("seconds", "best_loss", "best_saved", "next_proof", "skipped")
     progress = {name: content.pop(name) for name in names}
     progress["step"] = content["step"]
+    progress["best_saved"] = (math.isinf(progress["best_saved"]), progress["best_saved"])  # it was of full passes only
     last_step = content.pop("last_step")
     progress |= {"loss": last_step["loss"], "grad_norm": last_step["grad_norm"], "lr": last_step["lr"]}
     if "held_out" in content:  # not in the earliest files

@@ -280,13 +280,19 @@ def memory_of(device: torch.device) -> int | None:
     return min(found, default=None)
 
 
-def check_memory(runtime: Runtime, parameters: int, saved: int, activations: int) -> None:
-    """Raises UsageError where training clearly can't fit. Counted, in bytes, is what it takes at least: `saved` is of
-    what last.pt holds, `activations` of what is kept for the gradients."""
-    has = memory_of(runtime.device)
+def memory_needs(runtime: Runtime, parameters: int, saved: int, activations: int) -> dict[str, int]:
+    """What training takes at least, in bytes, by what for: `saved` is of what last.pt holds, `activations` of what is
+    kept for the gradients."""
     needs = {"weights, gradients and optimizer": saved + 4 * parameters, "activations": activations}
     if runtime.device.type == "cpu":
         needs["the copy that is written as last.pt"] = saved
+    return needs
+
+
+def check_memory(runtime: Runtime, parameters: int, saved: int, activations: int) -> None:
+    """Raises UsageError where training clearly can't fit (see memory_needs)."""
+    has = memory_of(runtime.device)
+    needs = memory_needs(runtime, parameters, saved, activations)
     processes = int(os.environ.get("LOCAL_WORLD_SIZE", 1)) if runtime.device.type == "cpu" else 1
     needed = processes * sum(needs.values())
     if not has or needed <= has:

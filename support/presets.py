@@ -2,15 +2,29 @@
 which they were found."""
 
 PRESETS: dict[str, dict] = {
-    "shakespeare": {},
-    "muon": {},
+    "shakespeare": {
+        "batch_size": 16,
+        "steps": 1300,
+        "optimizer": "muon",
+        "lr": 2.5e-3,
+        "warmup_steps": 60,
+        "weight_decay": 0.0,
+    },
+    "muon": {  # another name of shakespeare
+        "batch_size": 16,
+        "steps": 1300,
+        "optimizer": "muon",
+        "lr": 2.5e-3,
+        "warmup_steps": 60,
+        "weight_decay": 0.0,
+    },
     "adamw": {
-        "optimizer": "adamw",
         "batch_size": 1,
         "seq_len": 1024,
         "steps": 9000,
         "lr": 3e-5,
         "embed_lr": 3e-3,
+        "weight_decay": 0.0,
         "beta1": 0.5,
         "beta2": 0.999,
     },
@@ -19,9 +33,9 @@ PRESETS: dict[str, dict] = {
         "out_dir": "out_demo",
         "batch_size": 1,
         "steps": 110,
-        "optimizer": "adamw",
         "lr": 6e-6,
         "embed_lr": 5e-3,
+        "weight_decay": 0.0,
         "beta1": 0.8,
         "save_every": 100,
         "prompt": "AMBROSE:\nCome in, and shut the door",
@@ -38,7 +52,9 @@ PRESETS: dict[str, dict] = {
         "batch_size": 16,
         "seq_len": 32,
         "steps": 5000,
+        "optimizer": "muon",
         "lr": 1e-2,
+        "weight_decay": 0.0,
         "beta1": 0.95,
         "randomize_batches": True,
         "target_loss": 0.0,
@@ -56,7 +72,9 @@ PRESETS: dict[str, dict] = {
         "batch_size": 16,
         "seq_len": 32,
         "steps": 5000,
+        "optimizer": "muon",
         "lr": 5e-3,
+        "weight_decay": 0.0,
         "beta1": 0.95,
         "randomize_batches": True,
         "target_loss": 0.0,
@@ -67,26 +85,37 @@ PRESETS: dict[str, dict] = {
         "out_dir": "out_finetune",
         "batch_size": 4,
         "epochs": 3,
-        "optimizer": "adamw",
         "lr": 3e-5,
+        "weight_decay": 0.0,
     },
     "gpt2-medium": {"n_layer": 24, "n_head": 16, "n_embd": 1024},  # the shapes of the GPT-2 paper, table 2
     "gpt2-large": {"n_layer": 36, "n_head": 20, "n_embd": 1280},
     "gpt2-xl": {"n_layer": 48, "n_head": 25, "n_embd": 1600},
 }
 
-# What the record of a preset says: tokens and seconds until the target was met, on which text and machine.
+# What the record of a preset says: on which text, tokens of training until the target was met (0: there was none), and
+# seconds until the run had ended.
 RECORDS: dict[str, dict] = {
     "demo": {
+        "what": "the bundled play, known by heart",
+        "record": "records/demo",
         "sha256": "1146f70aef9838574e107e4aee1fe90a1288fa20fdfca8f51790384e63939e86",
         "tokens": 21_760,
         "seconds": 59,
-        "machine": "two CPU cores with native bf16",
+    },
+    "char-small": {
+        "what": "a small model of characters that learns tiny Shakespeare",
+        "record": "records/char-small",
+        "sha256": "86c4e6aa9db7c042ec79f339dcb96d42b0075e16b8fc2e86bf0ca57e2dc565ed",
+        "tokens": 0,
+        "seconds": 109,
     },
     "shakespeare": {
+        "what": "GPT-2 124M that knows tiny Shakespeare by heart",
+        "record": "records/shakespeare",
         "sha256": "86c4e6aa9db7c042ec79f339dcb96d42b0075e16b8fc2e86bf0ca57e2dc565ed",
         "tokens": 3_743_744,
         "seconds": 7_735,
-        "machine": "two CPU cores with native bf16",
     },
 }
+MACHINE = "two CPU cores with native bf16"  # that the records are from

@@ -6,15 +6,18 @@ import dataclasses
 import json
 import math
 import shlex
+import shutil
 import time
 from collections.abc import Callable, Iterator, Sequence
 from datetime import datetime, timedelta
+from pathlib import Path
 
 import torch
 
 from support.cli import duration
 from support.inference import RECALL_ASKED, RECALL_GIVEN, longest_verbatim, recall
-from support.presets import PRESETS, RECORDS
+from support.machine import memory_needs, memory_of
+from support.presets import MACHINE, PRESETS, RECORDS
 from support.rundir import ENDINGS, RunDirectory, git_commit, now, versions
 from support.text import TEXT_KEPT
 
@@ -137,7 +140,7 @@ def estimate(trainer, rate: float) -> str:
 def known_tokens(config, sha256: str) -> int:
     """Tokens that the recorded run of this preset needed to its target; 0 if the settings or the text are others."""
     record = RECORDS.get(config.preset)
-    if record is None or record["sha256"] != sha256:
+    if record is None or record["sha256"] != sha256 or config.preset not in PRESETS:
         return 0
     recipe = dataclasses.replace(type(config)(), **PRESETS[config.preset])
     shape = ("block_size", "n_layer", "n_head", "n_embd", "tokenizer", "batch_size", "seq_len", "grad_accum")
@@ -218,6 +221,7 @@ class RunRecord:
 
     def content(self, ended: str | None, seconds: float, signum: int = 0) -> dict:
         """What this run is and, once it is over, how it ended (None: it isn't)."""
+        first_under = self.trainer.progress.first_under
         results = dict.fromkeys(("final_loss", "recall", "recall_at_windows", "samples")) | self.results
         reached = ended == "target reached"
         record = {"command": self.command, **describe_run(self.trainer), **results}
@@ -227,6 +231,8 @@ class RunRecord:
         record["seconds"] = round(seconds, 3)
         record["tokens_to_target"] = record["tokens"] if reached else None
         record["seconds_to_target"] = results.get("seconds_to_target") if reached else None
+        record["first_step_loss_under_target"] = first_under.get("loss")
+        record["first_mean_of_100_under_target"] = first_under.get("mean_of_100")
         record["exit_code"] = exit_code(ended, signum)
         return as_json(record)
 
@@ -250,6 +256,87 @@ def exit_code(ended: str | None, signum: int) -> int | None:
     if ended == "interrupted":
         return 128 + signum
     return int(ended.startswith("failed"))
+
+
+RECENT = 100  # steps: others stop at the mean of so many
+
+
+def note_losses(trainer, losses: list[float]) -> None:
+    """Notes the first step, and the tokens, at which one step's loss, and the mean of the last hundred, were under the
+    target: that is where others stop. `losses` are of the steps since the last time."""
+    progress = trainer.progress
+    target = trainer.config.target_loss
+    if progress.first_under.get("target") != target:
+        progress.first_under = {"target": target}
+    step = progress.step - len(losses)
+    tokens = trainer.batcher.tokens_taken() - len(losses) * trainer.tokens_per_step
+    for loss in losses:
+        step += 1
+        tokens += trainer.tokens_per_step
+        progress.recent = [*progress.recent[1 - RECENT :], loss]
+        if loss < target:
+            progress.first_under.setdefault("loss", {"step": step, "tokens": tokens})
+        if len(progress.recent) == RECENT and sum(progress.recent) / RECENT < target:
+            progress.first_under.setdefault("mean_of_100", {"step": step, "tokens": tokens})
+
+
+def newcomers_commands() -> str:
+    """The three commands that a newcomer may want, with how long each took."""
+    lines = []
+    for preset, one in RECORDS.items():
+        command = f"python train.py --preset {preset}"
+        lines.append(f"  {command:39} {duration(one['seconds']):11} {one['what']}")
+    return "\n".join(lines)
+
+
+NO_LENGTH = (
+    "the run has no length: give --steps N or --epochs N, or begin with one of these (times are of"
+    f" {MACHINE}):\n{newcomers_commands()}"
+)
+
+
+def dry_run(trainer, last_pt_bytes: int) -> Iterator[str]:
+    """What the run would take, after timing two steps. Writes nothing."""
+    config = trainer.config
+    device = trainer.runtime.device
+    parameters = sum(p.numel() for p in trainer.model.parameters())
+    yield f"Device: {trainer.runtime.describe_device()}, {trainer.runtime.describe_precision()}"
+    yield f"Parameters: {parameters:,}"
+    tokens = config.batch_size * config.seq_len
+    activations = trainer.model.activation_bytes(tokens, trainer.runtime.amp_dtype is not None, config.grad_checkpoint)
+    needed = sum(memory_needs(trainer.runtime, parameters, last_pt_bytes, activations).values())
+    there = memory_of(device)
+    yield f"Memory: at least {needed / 1e9:.1f} GB; there are {there / 1e9:.1f} GB" if there else "Memory: unknown"
+    checkpoints = 2 * last_pt_bytes + 4 * parameters
+    free = shutil.disk_usage(existing_folder(config.out_dir)).free
+    yield f"Disk: {checkpoints / 1e9:.2f} GB for last.pt, previous.pt and best.pt; {free / 1e9:.1f} GB are free"
+    total = config.steps * trainer.tokens_per_step
+    passes = config.steps * trainer.batches_per_step / trainer.batcher.n_batches
+    yield f"Length: {config.steps:,} steps of {trainer.tokens_per_step:,} tokens, {total:,} in all, {passes:.1f} passes"
+    yield f"Learning rate: {describe_curve(trainer)}"
+    trainer.train_step()  # the first also sets up
+    float(trainer.progress.loss)
+    start = time.monotonic()
+    trainer.train_step()
+    float(trainer.progress.loss)  # waits for the device
+    seconds = time.monotonic() - start
+    rate = trainer.tokens_per_step / seconds
+    yield f"Speed: {rate:,.0f} tok/s in the second of two steps, so {duration(seconds * config.steps)} for all of them"
+
+
+def existing_folder(path: str) -> Path:
+    """The folder, or the nearest above it that is there."""
+    absolute = Path(path).absolute()
+    return next(folder for folder in (absolute, *absolute.parents) if folder.is_dir())
+
+
+def describe_curve(trainer) -> str:
+    """The learning rate at its first step, its peak and its last step."""
+    config = trainer.config
+    first = trainer.optimizer.param_groups[0]["lr"]
+    embeddings = f", of the embeddings {config.embed_lr:.2e}" if config.embed_lr else ""
+    peak = f"{config.lr:.2e} at step {max(1, config.warmup_steps)}{embeddings}"
+    return f"{first:.2e} at step 1, up to {peak}, down along a cosine to about 0 at step {config.steps}"
 
 
 # What brings more to do.

@@ -335,11 +335,13 @@ class Corpus:
     notes: tuple[str, ...] = ()
 
 
-def load_text(given: str | Sequence[str], tokenizer_name: str, cache_dir: str = "") -> tuple[Tokenizer, Corpus]:
+def load_text(
+    given: str | Sequence[str], tokenizer_name: str, cache_dir: str = "", write_cache: bool = True
+) -> tuple[Tokenizer, Corpus]:
     """The tokenizer and the corpus of --input_file. Raises UsageError."""
     vocabulary = char_vocabulary(given) if tokenizer_name == "char" else ()
     tokenizer = load_tokenizer(tokenizer_name, vocabulary)
-    return tokenizer, load_corpus(given, tokenizer, cache_dir)
+    return tokenizer, load_corpus(given, tokenizer, cache_dir, write_cache)
 
 
 def char_vocabulary(given: str | Sequence[str]) -> list[str]:
@@ -357,7 +359,9 @@ def char_vocabulary(given: str | Sequence[str]) -> list[str]:
     return vocabulary
 
 
-def load_corpus(given: str | Sequence[str], tokenizer: Tokenizer, cache_dir: str = "") -> Corpus:
+def load_corpus(
+    given: str | Sequence[str], tokenizer: Tokenizer, cache_dir: str = "", write_cache: bool = True
+) -> Corpus:
     """Reads UTF-8 texts and their token ids, from the cache if this content was tokenized before.
 
     Raises UsageError for a file that is missing, unreadable, empty, binary, or not UTF-8."""
@@ -375,7 +379,7 @@ def load_corpus(given: str | Sequence[str], tokenizer: Tokenizer, cache_dir: str
         return encode_pieces(cut_between_words(read_texts(files, Reading())), tokenizer, characters)
 
     cache = cache_folder(cache_dir) / f"{tokenizer.name}-{sha256}.npy"
-    tokens, source = cached_tokens(cache, encoded, tokenizer.vocab_size)
+    tokens, source = cached_tokens(cache, encoded, tokenizer.vocab_size, write_cache)
     notes = [*dict.fromkeys(reading.notes), source]  # each note once
     if len(files) > 1:
         notes.insert(0, f"{len(files):,} files")
@@ -427,12 +431,16 @@ def encode_pieces(pieces: Iterator[str | None], tokenizer: Tokenizer, characters
             yield tokens
 
 
-def cached_tokens(path: Path, encoded: Callable[[], Iterator[np.ndarray]], vocab_size: int) -> tuple[np.ndarray, str]:
+def cached_tokens(
+    path: Path, encoded: Callable[[], Iterator[np.ndarray]], vocab_size: int, write_cache: bool = True
+) -> tuple[np.ndarray, str]:
     """(token ids (N,), where they came from): from the cache file if it is there and sound, else from `encoded`, which
     gives them in pieces, by way of that file."""
     with contextlib.suppress(OSError, ValueError, EOFError):
         if is_sound(path, vocab_size):
             return np.load(path, mmap_mode="r"), "token ids from the cache"
+    if not write_cache:
+        return np.concatenate([*encoded()]), "tokenized"
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         write_tokens(path, encoded())

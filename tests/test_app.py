@@ -410,7 +410,7 @@ def test_a_space_that_cannot_be_written_leaves_nothing(checkpoint, tmp_path, mon
         raise OSError(28, "No space left on device", "best.pt")
 
     folder = tmp_path / "space"
-    assert app.main(["--checkpoint", "nowhere.pt", "--make_space", str(folder)]) == 1
+    assert app.main(["--checkpoint", "nowhere.pt", "--make_space", str(folder)]) == 2
     monkeypatch.setattr(app, "copy_run", full)
     capsys.readouterr()
     assert app.main(["--checkpoint", str(checkpoint), "--make_space", str(folder)]) == 1

@@ -224,7 +224,11 @@ def test_resuming_from_within_the_folder_of_checkpoints_goes_on_in_the_same_run(
     assert train.main(quick_flags()) == 0
     monkeypatch.chdir(tmp_path / "out" / "checkpoints")
     assert train.main(["--resume", "last.pt", "--steps", "9"]) == 0
-    assert sorted(path.name for path in (tmp_path / "out" / "checkpoints").iterdir()) == ["last.pt", "previous.pt"]
+    assert sorted(path.name for path in (tmp_path / "out" / "checkpoints").iterdir()) == [
+        "best.pt",
+        "last.pt",
+        "previous.pt",
+    ]
     assert len(rows_of(tmp_path / "out")) == 9
 
 

@@ -365,7 +365,7 @@ def test_narrower_bounds_are_those_that_are_told():
 
 
 def test_a_checkpoint_that_is_not_there_is_one_sentence(capsys):
-    assert sample.main(["--checkpoint", "nowhere.pt"]) == 1
+    assert sample.main(["--checkpoint", "nowhere.pt"]) == 2
     assert capsys.readouterr().err == "sample.py: checkpoint nowhere.pt doesn't exist: check the path\n"
 
 

@@ -112,12 +112,14 @@ def test_what_was_exported_is_what_comes_back(best, tmp_path, make_trainer):
 
 
 def test_the_shape_is_that_of_the_weights(folder, tmp_path):
-    config = train.config_from_flags(["--init_from", str(folder), "--input_file", str(PLAY), "--device", "cpu"])
+    config = train.config_from_flags(
+        ["--init_from", str(folder), "--input_file", str(PLAY), "--device", "cpu", "--steps", "5"]
+    )
     assert [getattr(config, name) for name in SHAPE] == [2, 2, 16, 64]
 
 
 def test_windows_are_no_longer_than_the_context(folder, tmp_path):
-    words = ["--init_from", str(folder), "--input_file", str(PLAY), "--device", "cpu"]
+    words = ["--init_from", str(folder), "--input_file", str(PLAY), "--device", "cpu", "--steps", "5"]
     assert train.config_from_flags(words).seq_len == 64
     assert train.config_from_flags([*words, "--seq_len", "32"]).seq_len == 32
     with pytest.raises(UsageError, match="seq_len 65 is over block_size 64"):
@@ -128,7 +130,9 @@ def test_a_longer_context_leaves_the_default_window(folder, tmp_path):
     longer = shutil.copytree(folder, tmp_path / "longer")
     config = json.loads((folder / "config.json").read_text())
     (longer / "config.json").write_text(json.dumps(config | {"n_positions": 2048}))
-    found = train.config_from_flags(["--init_from", str(longer), "--input_file", str(PLAY), "--device", "cpu"])
+    found = train.config_from_flags(
+        ["--init_from", str(longer), "--input_file", str(PLAY), "--device", "cpu", "--steps", "5"]
+    )
     assert (found.block_size, found.seq_len) == (2048, train.TrainConfig.seq_len)
 
 
