@@ -276,20 +276,6 @@ class TokenBatcher:
         self.position = state["position"]
 
 
-def training_batches(tokens: np.ndarray, config: TrainConfig, runtime: Runtime) -> TokenBatcher:
-    """Raises UsageError for a text that is too short."""
-    return TokenBatcher(
-        tokens,
-        config.batch_size,
-        config.seq_len,
-        shuffle=config.randomize_batches,
-        seed=config.seed,
-        rank=runtime.rank,
-        world_size=runtime.world_size,
-        device=runtime.device,
-    )
-
-
 def held_out_batches(tokens: np.ndarray, config: TrainConfig, runtime: Runtime) -> TokenBatcher | None:
     """Held-out text in windows as in training, fewer of them at once where it is short. Raises UsageError."""
     if not config.val_fraction:
@@ -708,7 +694,16 @@ class Trainer:
         self.runtime = runtime
         cut = text.held_out_from(corpus.tokens, config.val_fraction, tokenizer)
         self.held_out = held_out_batches(corpus.tokens[cut:], config, runtime)
-        self.batcher = training_batches(corpus.tokens[:cut], config, runtime)
+        self.batcher = TokenBatcher(
+            corpus.tokens[:cut],
+            config.batch_size,
+            config.seq_len,
+            shuffle=config.randomize_batches,
+            seed=config.seed,
+            rank=runtime.rank,
+            world_size=runtime.world_size,
+            device=runtime.device,
+        )
         self.batches_per_step = config.grad_accum * runtime.world_size
         self.tokens_per_step = self.batches_per_step * self.batcher.batch_tokens
         self.config = config.completed(self.batcher.n_batches, self.batches_per_step)
@@ -828,16 +823,7 @@ class Trainer:
         scaler an infinite gradient only skipped the update."""
         record.note_losses(self, torch.stack(self.unread).tolist() if self.unread else [])
         self.unread = []
-        loss = float(self.progress.loss)
-        grad_norm = float(self.progress.grad_norm)
-        broken = not (math.isfinite(loss) and math.isfinite(self.avg_loss()))
-        if not self.runtime.scaler and not math.isfinite(grad_norm):
-            broken = True
-        if broken:
-            raise RunError(
-                f"the loss is {loss} and the gradient norm {grad_norm} at step {self.progress.step}: resume from the"
-                " last checkpoint, or start anew, with a lower --lr or --amp off"
-            )
+        record.check_finite(self)
 
     def measure(self) -> dict:
         """The step's figures, as CSV_FIELDS names them. Waits for the device. Raises RunError if they aren't finite."""
@@ -949,7 +935,6 @@ class Loop:
         self.logged_step = -1
         self.sampled_step = -1
         self.texts: list[tuple[str, str]] = []  # of the latest sample
-        self.limit: float | None = None  # FLOP/s that the devices could reach
         self.estimated = False
         self.clock = record.Clock(self.progress.seconds, trainer.batcher.tokens_taken())
 
@@ -992,9 +977,10 @@ class Loop:
         # What one process passes over, all pass over: some of it they do together.
         self.logged_step, self.sampled_step = self.runtime.first((self.logged_step, self.sampled_step))
         causality = inference.check_causality(trainer.model, self.runtime, config.seq_len)  # may change the precision
-        self.limit, limit_is = self.find_limit()
+        rows = config.batch_size * config.seq_len
+        self.limit = machine.Limit(self.runtime, trainer.model, rows, measured=not config.no_mfu)
         last_pt_bytes = saved_bytes(trainer.model, config.optimizer)
-        for line in record.opening(trainer, self.limit, limit_is, causality, last_pt_bytes):
+        for line in record.opening(trainer, self.limit, causality, last_pt_bytes):
             self.log.info(line)
         for note in notes:
             self.log.info(note)
@@ -1143,27 +1129,13 @@ class Loop:
             return
         self.logged_step = row["step"]
         rate = self.clock.rate(row["tokens"])
-        mfu = self.mfu(rate)
+        mfu = self.limit.share(rate)
         skipped = int(self.progress.skipped) if self.runtime.scaler else None
         self.log.info(record.step_line(row, self.config.steps, rate, mfu, skipped))
         row = {**row, "tok_per_s": round(rate, 1), "elapsed_s": round(self.clock.seconds(), 3), "mfu": mfu}
         if self.runtime.rank == 0:
             self.metrics.write(row)
             self.board.add_row(row)
-
-    def mfu(self, rate: float) -> str:
-        """The share of the devices' limit that is reached at `rate` tokens a second. Over 1 is no share: then the limit
-        was measured while something else was busy, so it is measured again."""
-        flops = self.trainer.model.flops_per_token() * rate
-        if self.runtime.any(self.limit is not None and flops > self.limit):
-            self.limit = max(self.limit, self.find_limit()[0])
-        if self.limit is None or flops > self.limit:
-            return "unknown"
-        return f"{flops / self.limit:.3f}"
-
-    def find_limit(self) -> tuple[float | None, str]:
-        rows = self.config.batch_size * self.config.seq_len
-        return machine.find_limit(self.runtime, self.trainer.model, rows, measured=not self.config.no_mfu)
 
     def tell_estimate(self) -> None:
         """Says once, after some steps of this start, how long it takes to the target."""
@@ -1197,24 +1169,13 @@ class Loop:
 
     # ---- what a run leaves behind ----
 
-    def score(self) -> tuple[bool, float]:
-        """What best.pt is chosen by: lower is better. (False, loss), of a full pass or of held-out text, is lower than
-        any (True, loss), of the batches seen so far."""
-        avg_loss = self.trainer.avg_loss()
-        if self.config.best_by == "train":
-            return not self.trainer.seen_all(), avg_loss
-        if not self.progress.val_step:
-            return True, avg_loss
-        if self.progress.val_step == self.progress.step:
-            return False, self.progress.val_loss
-        return True, math.inf  # nothing is known of these weights
-
     def save(self, choose_best: bool = True) -> None:
         """last.pt, and with `choose_best` also best.pt, if these are the best weights of a save so far."""
         self.checkpoints.wait()
         best = None
-        if choose_best and self.score() < self.checkpoints.best:
-            best = self.score()
+        score = record.score(self.trainer)
+        if choose_best and score < self.checkpoints.best:
+            best = score
         elif (
             not self.run_dir.best.exists()
         ):  # so that a run that stops early has one; the next that is chosen replaces it

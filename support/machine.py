@@ -462,6 +462,29 @@ def matmul_rate(shapes: collections.Counter, rows: int, dtype: torch.dtype, seco
     return work / spent
 
 
+class Limit:
+    """What mfu is the share of: FLOP/s that the devices of all processes could reach together, None if that isn't
+    known. `what` says what it is."""
+
+    def __init__(self, runtime: Runtime, model: nn.Module, rows: int, measured: bool):
+        self.runtime = runtime
+        self.model = model
+        self.rows = rows  # tokens in a micro-batch
+        self.measured = measured
+        self.value, self.what = find_limit(runtime, model, rows, measured)
+
+    def share(self, rate: float) -> str:
+        """mfu at `rate` tokens a second. Over 1 is no share: then the limit was measured while something else was busy,
+        so it is measured again."""
+        if self.value is None:
+            return "unknown"
+        flops = self.model.flops_per_token() * rate
+        if self.runtime.any(flops > self.value):
+            again, _ = find_limit(self.runtime, self.model, self.rows, self.measured)
+            self.value = max(self.value, again)
+        return "unknown" if flops > self.value else f"{flops / self.value:.3f}"
+
+
 def find_limit(runtime: Runtime, model: nn.Module, rows: int, measured: bool) -> tuple[float | None, str]:
     """(FLOP/s that all processes' devices could reach together, or None; what that is, in words)."""
     limit, what = device_limit(runtime, model, rows, measured)

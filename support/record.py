@@ -14,15 +14,15 @@ from pathlib import Path
 
 import torch
 
-from support.cli import duration
+from support.cli import RunError, duration
 from support.inference import RECALL_ASKED, RECALL_GIVEN, longest_verbatim, recall
-from support.machine import memory_needs, memory_of
+from support.machine import Limit, memory_needs, memory_of
 from support.presets import MACHINE, PRESETS, RECORDS
 from support.rundir import ENDINGS, RunDirectory, git_commit, now, versions
 from support.text import TEXT_KEPT
 
 
-def opening(trainer, limit: float | None, limit_is: str, causality: str, last_pt_bytes: int) -> Iterator[str]:
+def opening(trainer, limit: Limit, causality: str, last_pt_bytes: int) -> Iterator[str]:
     """The log's first lines: all that decides the run."""
     config = trainer.config
     runtime = trainer.runtime
@@ -46,7 +46,8 @@ def opening(trainer, limit: float | None, limit_is: str, causality: str, last_pt
         f"Tokens per step: {trainer.tokens_per_step:,} (batch_size {config.batch_size} x seq_len {config.seq_len}"
         f" x grad_accum {config.grad_accum} x processes {runtime.world_size})"
     )
-    yield f"Limit for mfu: {f'{limit / 1e9:,.0f} GFLOP/s' if limit else 'unknown'}, {limit_is}"
+    known = f"{limit.value / 1e9:,.0f} GFLOP/s" if limit.value else "unknown"
+    yield f"Limit for mfu: {known}, {limit.what}"
     yield f"Causality: {causality}"
     saves = f"Saves: every {config.save_every} steps"
     if config.save_minutes:
@@ -256,6 +257,34 @@ def exit_code(ended: str | None, signum: int) -> int | None:
     if ended == "interrupted":
         return 128 + signum
     return int(ended.startswith("failed"))
+
+
+def check_finite(trainer) -> None:
+    """Raises RunError where training broke. With a loss scaler an infinite gradient only skipped the update."""
+    loss = float(trainer.progress.loss)
+    grad_norm = float(trainer.progress.grad_norm)
+    broken = not (math.isfinite(loss) and math.isfinite(trainer.avg_loss()))
+    if not trainer.runtime.scaler and not math.isfinite(grad_norm):
+        broken = True
+    if broken:
+        raise RunError(
+            f"the loss is {loss} and the gradient norm {grad_norm} at step {trainer.progress.step}: resume from the"
+            " last checkpoint, or start anew, with a lower --lr or --amp off"
+        )
+
+
+def score(trainer) -> tuple[bool, float]:
+    """What best.pt is chosen by: lower is better. (False, loss), of a full pass or of held-out text, is lower than any
+    (True, loss), of the batches seen so far."""
+    avg_loss = trainer.avg_loss()
+    progress = trainer.progress
+    if trainer.config.best_by == "train":
+        return not trainer.seen_all(), avg_loss
+    if not progress.val_step:
+        return True, avg_loss
+    if progress.val_step == progress.step:
+        return False, progress.val_loss
+    return True, math.inf  # nothing is known of these weights
 
 
 RECENT = 100  # steps: others stop at the mean of so many

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import time
+import types
 
 import pytest
 import torch
@@ -358,3 +359,17 @@ def test_emulated_bf16_is_not_measured(monkeypatch):
     limit, what = machine.find_limit(runtime(torch.bfloat16), outline(GPTConfig()), 64, measured=True)
     assert limit is None
     assert "emulates" in what
+
+
+def test_a_share_over_1_is_measured_again_and_never_told(monkeypatch):
+    """The limit was measured while another program was busy; then it is found right."""
+    found = [100.0, 100.0, 4000.0]
+    monkeypatch.setattr(machine, "find_limit", lambda *_: (found.pop(0), "measured"))
+    model = types.SimpleNamespace(flops_per_token=lambda: 10)
+    limit = machine.Limit(runtime(), model, 64, measured=True)
+    assert limit.share(5.0) == "0.500"
+    assert limit.share(200.0) == "unknown"  # 2000 of 100, twice
+    assert limit.share(200.0) == "0.500"
+    unknown = machine.Limit.__new__(machine.Limit)
+    unknown.value = None
+    assert unknown.share(200.0) == "unknown"
