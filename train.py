@@ -49,12 +49,12 @@ import torch.nn as nn
 import torch.nn.functional as F
 import torch.utils.checkpoint
 
-from support import checkpoint, cli, files, inference, machine, pretrained, record, rundir, text
+from support import checkpoint, cli, dry_run, figures, files, inference, machine, pretrained, record, rundir, text
 from support.bar import StepBar
 from support.cli import RunError, Stopped, StopSignals, UsageError, flag
 from support.kernels import Muon, MuonAdamW, attention_by_products, linear_cross_entropy
 from support.machine import Runtime
-from support.presets import PRESETS
+from support.presets import OTHER_NAMES, PRESETS
 from support.rundir import RunDirectory
 
 # ======== Settings: each flag's name, type, default and help, in one place ============================================
@@ -216,7 +216,7 @@ class TokenBatcher:
         self.n_targets = len(tokens) - 1  # the first token has nothing before it to be predicted from
         if self.n_targets < self.batch_tokens:
             raise UsageError(self.too_short())
-        self.n_batches = math.ceil(self.n_targets / self.batch_tokens)
+        self.n_batches = math.ceil(self.n_targets / self.batch_tokens)  # in a pass
         self.position = 0  # batches taken so far, by all processes together
         self.shuffled_pass = -1  # the pass that `order` is of
         self.order: torch.Tensor | None = None
@@ -243,20 +243,20 @@ class TokenBatcher:
 
     def batch(self, index: int) -> tuple[torch.Tensor, torch.Tensor]:
         """(idx, targets), both (B, T) int64 on the device, for a batch of the corpus."""
-        start = min(index * self.batch_tokens, self.n_targets - self.batch_tokens)
+        start = min(index * self.batch_tokens, self.n_targets - self.batch_tokens)  # the last one is moved back
         chunk = torch.from_numpy(self.tokens[start : start + self.batch_tokens + 1].astype(np.int64))
         on_cuda = self.device.type == "cuda"
         if on_cuda:  # from pinned memory it travels while the program goes on; on MPS that corrupts data
             chunk = chunk.pin_memory()
         chunk = chunk.to(self.device, non_blocking=on_cuda)
-        idx = chunk[:-1].view(self.batch_size, self.seq_len)
-        targets = chunk[1:].view(self.batch_size, self.seq_len)
+        idx = chunk[:-1].view(self.batch_size, self.seq_len)  # a view: nothing is copied
+        targets = chunk[1:].view(self.batch_size, self.seq_len)  # each position's target is the token after it
         return idx, targets
 
     def next_batch(self) -> tuple[torch.Tensor, torch.Tensor]:
         """(idx, targets) of this process's next batch."""
         index = self.index(self.position + self.rank)
-        self.position += self.world_size
+        self.position += self.world_size  # the other processes took theirs
         return self.batch(index)
 
     def repeated(self, index: int) -> int:
@@ -312,27 +312,30 @@ class CausalSelfAttention(nn.Module):
         self.n_head = config.n_head
         self.dropout = config.dropout
         self.c_attn = nn.Linear(config.n_embd, 3 * config.n_embd)  # query, key and value in one matrix product
-        self.c_proj = nn.Linear(config.n_embd, config.n_embd)
+        self.c_proj = nn.Linear(config.n_embd, config.n_embd)  # mixes what the heads found
         self.resid_dropout = nn.Dropout(config.dropout)
         self.masks_explicitly = False  # set where torch's own kernel isn't causal
 
     def forward(self, x: torch.Tensor, cache: dict | None = None) -> torch.Tensor:
         """(B, T, C) -> (B, T, C). A cache holds the keys and values of earlier tokens, and is extended by these."""
         B, T, C = x.shape
+        # Each of the three becomes (B, H, T, D): H heads, which see D = C / H values of each position.
         q, k, v = (t.view(B, T, self.n_head, C // self.n_head).transpose(1, 2) for t in self.c_attn(x).split(C, dim=2))
         if cache is not None:
             if cache:
-                k = torch.cat((cache["k"], k), dim=2)
+                k = torch.cat((cache["k"], k), dim=2)  # (B, H, S, D): S positions, the last T of which are new
                 v = torch.cat((cache["v"], v), dim=2)
             cache["k"] = k
             cache["v"] = v
         dropout = self.dropout if self.training else 0.0
+        # With one new token there is nothing to mask. On a CPU, plain products are faster than torch's kernel.
         by_products = self.masks_explicitly or x.device.type == "cpu"
         if T > 1 and (by_products or k.size(2) > T):
             y = attention_by_products(q, k, v, dropout)
         else:
             y = F.scaled_dot_product_attention(q, k, v, dropout_p=dropout, is_causal=T > 1)
-        return self.resid_dropout(self.c_proj(y.transpose(1, 2).reshape(B, T, C)))
+        y = y.transpose(1, 2).reshape(B, T, C)  # the heads side by side again
+        return self.resid_dropout(self.c_proj(y))
 
 
 class MLP(nn.Module):
@@ -360,8 +363,8 @@ class Block(nn.Module):
         self.mlp = MLP(config)
 
     def forward(self, x: torch.Tensor, cache: dict | None = None) -> torch.Tensor:
-        x = x + self.attn(self.ln_1(x), cache)
-        return x + self.mlp(self.ln_2(x))
+        x = x + self.attn(self.ln_1(x), cache)  # what other positions say
+        return x + self.mlp(self.ln_2(x))  # what follows from it
 
 
 class GPT(nn.Module):
@@ -373,11 +376,11 @@ class GPT(nn.Module):
         self.grad_checkpoint = False  # keep only each block's input, and compute the rest again for the gradients
         self.transformer = nn.ModuleDict(
             {
-                "wte": nn.Embedding(config.vocab_size, config.n_embd),
-                "wpe": nn.Embedding(config.block_size, config.n_embd),
+                "wte": nn.Embedding(config.vocab_size, config.n_embd),  # which token
+                "wpe": nn.Embedding(config.block_size, config.n_embd),  # at which position
                 "drop": nn.Dropout(config.dropout),
                 "h": nn.ModuleList(Block(config) for _ in range(config.n_layer)),
-                "ln_f": nn.LayerNorm(config.n_embd),
+                "ln_f": nn.LayerNorm(config.n_embd),  # before the head
             }
         )
         self.lm_head = nn.Linear(config.n_embd, config.vocab_size, bias=False)
@@ -399,10 +402,10 @@ class GPT(nn.Module):
     def hidden(self, idx: torch.Tensor, cache: list[dict] | None = None) -> torch.Tensor:
         """Token ids (B, T) -> what the head reads, (B, T, C). Raises ValueError past the context's end."""
         past = cache[0]["k"].size(2) if cache and cache[0] else 0
-        end = past + idx.size(1)
+        end = past + idx.size(1)  # positions go on where the cache ends
         if end > self.config.block_size:
             raise ValueError(f"{end} tokens don't fit into a context of {self.config.block_size}")
-        x = self.transformer.wte(idx) + self.transformer.wpe.weight[past:end]
+        x = self.transformer.wte(idx) + self.transformer.wpe.weight[past:end]  # (B, T, C): the residual stream
         x = self.transformer.drop(x)
         for i, block in enumerate(self.transformer.h):
             if cache is not None:
@@ -420,7 +423,7 @@ class GPT(nn.Module):
         if not keep_logits:
             loss = linear_cross_entropy(x.flatten(0, 1), self.lm_head.weight, targets.flatten())
             return None, loss
-        logits = self.lm_head(x)
+        logits = self.lm_head(x)  # (B, T, V): a score for each token that could come next
         if targets is None:
             return logits, None
         # log-softmax over 50,257 classes needs fp32, whatever the logits were computed in
@@ -451,7 +454,9 @@ class GPT(nn.Module):
     def activation_bytes(self, tokens: int, half_precision: bool, grad_checkpoint: bool) -> int:
         """At least what is kept for the gradients: of each block its input or, without grad_checkpoint, also what its
         products read, in 16 or 32 bits."""
-        per_value = 4 if grad_checkpoint else 30 if half_precision else 56
+        per_value = 30 if half_precision else 56  # bytes, of a token's n_embd values in a block
+        if grad_checkpoint:
+            per_value = 4
         return tokens * self.config.n_layer * self.config.n_embd * per_value
 
 
@@ -493,8 +498,8 @@ def build_scheduler(optimizer: torch.optim.Optimizer, config: TrainConfig, step:
         max_lr=peaks,
         total_steps=max(2, config.steps),
         pct_start=warmup / max(2, config.steps),
-        div_factor=25,
-        final_div_factor=1e4,
+        div_factor=25,  # the first rate is a 25th of the peak
+        final_div_factor=1e4,  # and the last one a ten-thousandth of the first
         cycle_momentum=False,  # its default, True, would overwrite AdamW's beta1
         last_epoch=step - 1,
     )
@@ -513,18 +518,8 @@ CSV_FIELDS = ["step", "epoch", "tokens", "loss", "avg_loss", "best_loss", "lr", 
 CSV_FIELDS += ["mfu"]
 RULE = "=" * 80
 # What best.pt has of a checkpoint: the weights, and where they come from.
-WEIGHTS = (
-    "format",
-    "model",
-    "model_config",
-    "config",
-    "step",
-    "loss",
-    "val_loss",
-    "tokenizer",
-    "corpus_sha256",
-    "origin",
-)
+WEIGHTS = ["format", "model", "model_config", "config", "step", "loss", "val_loss", "tokenizer", "corpus_sha256"]
+WEIGHTS += ["origin"]
 
 
 class MetricsCSV:
@@ -600,7 +595,7 @@ class CheckpointWriter:
         """Rows and samples reach the disk before the checkpoint that comes after them."""
         self.copies.wait()
         for file in self.before:
-            file.sync()
+            file.sync()  # a checkpoint must never be ahead of its rows
         failure = None
         spare = self.run_dir.previous if self.run_dir.last.exists() else None  # of two old files, one is enough
         if best is not None:
@@ -667,7 +662,7 @@ class Progress:
     best_val_loss: float = math.inf
     stale: int = 0  # measurements of val_loss since the best one
     recent: list[float] = dataclasses.field(default_factory=list)  # losses of the last hundred steps
-    first_under: dict = dataclasses.field(default_factory=dict)  # where others stop: see record.note_losses
+    first_under: dict = dataclasses.field(default_factory=dict)  # where others stop: see figures.note_losses
     epoch_loss: float | torch.Tensor = 0.0  # sum of the losses since epoch_start
     epoch_steps: int = 0
     epoch_start: float = 0.0  # in seconds of the run
@@ -704,7 +699,7 @@ class Trainer:
             world_size=runtime.world_size,
             device=runtime.device,
         )
-        self.batches_per_step = config.grad_accum * runtime.world_size
+        self.batches_per_step = config.grad_accum * runtime.world_size  # of all processes together
         self.tokens_per_step = self.batches_per_step * self.batcher.batch_tokens
         self.config = config.completed(self.batcher.n_batches, self.batches_per_step)
         for prompt in self.prompts():  # a character that the model can't know is better said now than at a sample
@@ -737,13 +732,13 @@ class Trainer:
             pretrained.load_weights(model, Path(config.init_from), self.tokenizer)
             self.origin = checkpoint.origin_of(config.init_from)
         model.grad_checkpoint = config.grad_checkpoint
-        return model.to(self.runtime.device)
+        return model.to(self.runtime.device)  # made on the CPU, so that each device begins with the same weights
 
     # ---- one step ----
 
     def train_step(self, wait_for_copy: Callable[[], None] = lambda: None) -> None:
         """Forward and backward over grad_accum micro-batches, then one update. Waits for no device."""
-        self.model.train()
+        self.model.train()  # dropout is on; a sample or a proof may have turned it off
         first = self.batcher.position
         losses = self.compute_gradients()
         self.record_losses(first, losses)
@@ -760,7 +755,7 @@ class Trainer:
                 # Gradients travel between processes once a step, with the last micro-batch. (Alone this says nothing.)
                 self.wrapped.require_backward_grad_sync = micro == last
                 _, loss = self.forward(idx, targets, keep_logits=False)
-                losses.append(loss.detach())
+                losses.append(loss.detach())  # without its graph, which would hold the activations
                 loss = loss / self.config.grad_accum  # so that the summed gradients are those of the mean
                 if self.runtime.scaler:
                     loss = self.runtime.scaler.scale(loss)
@@ -797,7 +792,7 @@ class Trainer:
             progress.skipped = progress.skipped + ~torch.isfinite(progress.grad_norm)
         else:
             self.optimizer.step()
-        self.optimizer.zero_grad(set_to_none=True)
+        self.optimizer.zero_grad(set_to_none=True)  # frees them: the next backward pass makes new ones
         progress.step += 1
         if progress.step < self.config.steps:  # after the last step there is no rate: OneCycleLR would bounce up again
             self.scheduler.step()
@@ -818,18 +813,19 @@ class Trainer:
         seen = max(1, min(self.batcher.position, self.batcher.n_batches))
         return self.losses.cpu().sum(dtype=torch.float64).item() / seen
 
-    def read_losses(self) -> None:
-        """Reads the losses of the steps since the last time, and raises RunError where training broke. With a loss
-        scaler an infinite gradient only skipped the update."""
-        record.note_losses(self, torch.stack(self.unread).tolist() if self.unread else [])
+    def read_losses(self) -> float:
+        """Reads the losses of the steps since the last time. Returns avg_loss, and raises RunError where training
+        broke."""
+        figures.note_losses(self, torch.stack(self.unread).tolist() if self.unread else [])
         self.unread = []
-        record.check_finite(self)
+        avg_loss = self.avg_loss()
+        figures.check_finite(self, avg_loss)
+        return avg_loss
 
     def measure(self) -> dict:
         """The step's figures, as CSV_FIELDS names them. Waits for the device. Raises RunError if they aren't finite."""
-        self.read_losses()
+        avg_loss = self.read_losses()
         progress = self.progress
-        avg_loss = self.avg_loss()
         if self.seen_all():
             progress.best_loss = min(progress.best_loss, avg_loss)
         return {
@@ -955,7 +951,8 @@ class Loop:
             except Stopped:
                 ended = self.finish("interrupted")
         except BaseException as e:
-            ended = f"failed: {e if isinstance(e, RunError) else f'{type(e).__name__}: {e}'}"
+            why = str(e) if isinstance(e, RunError) else f"{type(e).__name__}: {e}"
+            ended = f"failed: {why}"
             self.log.error(ended)
             with contextlib.suppress(OSError):  # the disk may be what failed
                 self.record.write(ended, self.clock.seconds())
@@ -1173,13 +1170,11 @@ class Loop:
         """last.pt, and with `choose_best` also best.pt, if these are the best weights of a save so far."""
         self.checkpoints.wait()
         best = None
-        score = record.score(self.trainer)
+        score = figures.score(self.trainer)
         if choose_best and score < self.checkpoints.best:
             best = score
-        elif (
-            not self.run_dir.best.exists()
-        ):  # so that a run that stops early has one; the next that is chosen replaces it
-            best = self.checkpoints.best
+        elif self.checkpoints.best == Progress.best_saved and not self.run_dir.best.exists():
+            best = self.checkpoints.best  # nothing was chosen yet: for a run that stops early, the next one replaces it
         # The first process alone knows what is on the disk.
         best, failed = self.runtime.first((best, self.checkpoints.failure is not None))
         if self.saved_step == self.progress.step and best is None and not failed:
@@ -1202,14 +1197,14 @@ def train(config: TrainConfig, command: str = "") -> dict:
     config.validate()
     runtime = machine.start_runtime(config.device, config.amp, config.deterministic)
     try:
-        if runtime.rank > 0:
-            runtime.wait()  # the first process makes the tokens; the others find them in the cache
-        tokenizer, corpus = text.load_text(config.input_file, config.tokenizer, config.cache_dir, not config.dry_run)
-        if runtime.rank == 0:
-            runtime.wait()
+        with runtime.first_one_first():  # the others find the tokens in the cache
+            keep = not config.dry_run
+            tokenizer, corpus = text.load_text(config.input_file, config.tokenizer, config.cache_dir, keep)
         trainer = Trainer(config, corpus, tokenizer, runtime)
         if config.dry_run:
-            rundir.show("\n".join(record.dry_run(trainer, saved_bytes(trainer.model, config.optimizer))))
+            lines = list(dry_run.describe(trainer, saved_bytes(trainer.model, config.optimizer)))
+            if runtime.rank == 0:
+                rundir.show("\n".join(lines))
             return {"exit_code": 0}
         with contextlib.ExitStack() as held, warnings.catch_warnings():
             # Where the loss scaler skips the very first step, the schedule does move first, and should.
@@ -1243,15 +1238,19 @@ def config_from_flags(argv: Sequence[str]) -> TrainConfig:
 
     Raises UsageError with all problems of the flags at once; RunError for a checkpoint that can't be read."""
     given = cli.read_flags(TrainConfig, argv)
-    known = {name: value for name, value in given.items() if name in FIELDS}
     problems = [value.problem for name, value in given.items() if name not in FIELDS]
-    if isinstance(known.get("prompt"), str):
-        known["prompt"] = cli.unescape(known["prompt"])
-    config = dataclasses.replace(TrainConfig(), **(base_settings(known) | known))
+    known = {name: value for name, value in given.items() if name in FIELDS}
+    readable = {name: value for name, value in known.items() if not isinstance(value, cli.Unreadable)}
+    if "prompt" in readable:
+        known["prompt"] = cli.unescape(readable["prompt"])
+    if readable.get("preset") in OTHER_NAMES:
+        known["preset"] = readable["preset"] = OTHER_NAMES[readable["preset"]]
     try:
-        config.validate()
-    except UsageError as e:
+        config = dataclasses.replace(TrainConfig(), **(base_settings(readable) | known))
+        problems += cli.settings_problems(config)
+    except UsageError as e:  # without what stands below the flags, only each of them by itself can be judged
         problems += e.problems
+        problems += cli.value_problems(dataclasses.replace(TrainConfig(), **known)).values()
     if problems:
         raise UsageError(*problems)
     return config
@@ -1260,9 +1259,9 @@ def config_from_flags(argv: Sequence[str]) -> TrainConfig:
 def base_settings(given: dict) -> dict:
     """What stands below the flags: the preset's settings and the shape of weights to start from or, on resuming, the
     checkpoint's settings. Raises UsageError or RunError for a place that can't be read."""
-    base = dict(PRESETS.get(str(given.get("preset", "")), {}))
+    base = dict(PRESETS.get(given.get("preset"), {}))
     out_dir = given.get("out_dir") or base.get("out_dir") or TrainConfig.out_dir
-    saved = RunDirectory(str(out_dir)).saved_settings(str(given.get("resume", "")))
+    saved = RunDirectory(out_dir).saved_settings(given.get("resume", ""))
     if saved:
         base = {name: value for name, value in saved.items() if name in FIELDS}
     elif given.get("init_from"):

@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import math
+import sys
 
 from tqdm import tqdm
 
-from support.text import no_bar
+
+def no_bar(wanted: bool = True) -> bool | None:
+    """tqdm's `disable`: None draws a bar only where stderr is a terminal, but a closed stderr it can't see."""
+    return None if wanted and sys.stderr else True
 
 
 class StepBar:
@@ -16,7 +20,7 @@ class StepBar:
         self.steps = steps
         self.epoch_length = epoch_length
         self.val_loss: float | None = None  # the latest
-        disable = no_bar() if enabled else True
+        disable = no_bar(enabled)
         if not epoch_length:
             self.bar = tqdm(total=steps, initial=done, unit="step", disable=disable)
             return

@@ -13,11 +13,11 @@ import torch
 import torch.nn.functional as F
 from tqdm import tqdm
 
+from support.bar import no_bar
 from support.checkpoint import load_model
 from support.cli import RunError
 from support.kernels import prepare_matrices
 from support.machine import Runtime, start_runtime
-from support.text import no_bar
 
 RECALL_GIVEN = 32  # tokens of the text before the place that recall asks about
 RECALL_ASKED = 32  # and after it
@@ -93,7 +93,8 @@ def continue_prompts(
             idx = torch.tensor([ids], device=runtime.device)
             tokens = stream(model, idx, settings.max_new_tokens, settings.temperature, settings.top_k, generator)
             new = []
-            for token in tqdm(tokens, total=settings.max_new_tokens, desc="sample", leave=False, disable=no_bar()):
+            hidden = no_bar(runtime.rank == 0)
+            for token in tqdm(tokens, total=settings.max_new_tokens, desc="sample", leave=False, disable=hidden):
                 poll()
                 new.append(token.item())
             texts.append((prompt, tokenizer.decode(new).rstrip("\ufffd")))  # no half character at the end
@@ -111,7 +112,7 @@ def evaluate(model, runtime: Runtime, batcher, count: int, name: str, poll=do_no
     total = 0.0
     targets_seen = 0
     mine = range(runtime.rank, min(count, batcher.n_batches), runtime.world_size)
-    for i in tqdm(mine, desc=name, leave=False, disable=no_bar()):
+    for i in tqdm(mine, desc=name, leave=False, disable=no_bar(runtime.rank == 0)):
         poll()
         idx, targets = batcher.batch(i)
         repeated = batcher.repeated(i)
@@ -149,7 +150,7 @@ def recall(
     rows = torch.from_numpy(np.stack([tokens[i : i + length] for i in drawn]).astype(np.int64))
     with runtime.autocast():
         # 64 at a time: their keys and values take 0.3 GB in fp32
-        for group in tqdm(rows.split(64), desc="recall", leave=False, disable=no_bar()):
+        for group in tqdm(rows.split(64), desc="recall", leave=False, disable=no_bar(runtime.rank == 0)):
             told = stream(model, group[:, :RECALL_GIVEN].to(runtime.device), RECALL_ASKED, temperature=0)
             for position, token in enumerate(told, RECALL_GIVEN):
                 poll()

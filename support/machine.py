@@ -56,6 +56,17 @@ class Runtime:
     def wait(self) -> None:
         """Until all processes have come to this place."""
 
+    @contextlib.contextmanager
+    def first_one_first(self):
+        """What is done within is done by the first process, and when it is done or has failed, by the others."""
+        if self.rank > 0:
+            self.wait()
+        try:
+            yield
+        finally:
+            if self.rank == 0:
+                self.wait()
+
     def wrap(self, model: nn.Module) -> nn.Module:
         """The model as the training step calls it."""
         return model

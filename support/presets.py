@@ -10,14 +10,6 @@ PRESETS: dict[str, dict] = {
         "warmup_steps": 60,
         "weight_decay": 0.0,
     },
-    "muon": {  # another name of shakespeare
-        "batch_size": 16,
-        "steps": 1300,
-        "optimizer": "muon",
-        "lr": 2.5e-3,
-        "warmup_steps": 60,
-        "weight_decay": 0.0,
-    },
     "adamw": {
         "batch_size": 1,
         "seq_len": 1024,
@@ -92,6 +84,8 @@ PRESETS: dict[str, dict] = {
     "gpt2-large": {"n_layer": 36, "n_head": 20, "n_embd": 1280},
     "gpt2-xl": {"n_layer": 48, "n_head": 25, "n_embd": 1600},
 }
+
+OTHER_NAMES = {"muon": "shakespeare"}  # that commands in users' notes have
 
 # What the record of a preset says: on which text, tokens of training until the target was met (0: there was none), and
 # seconds until the run had ended.

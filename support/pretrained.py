@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 
 from support.checkpoint import load_checkpoint
-from support.cli import RunError, Unreadable, UsageError
+from support.cli import RunError, UsageError
 from support.text import Tokenizer, packaged_folder
 
 GPT2_VOCAB_SIZE = 50257
@@ -25,18 +25,16 @@ def transposed(name: str, tensor: torch.Tensor) -> torch.Tensor:
     return tensor.float().contiguous()
 
 
-def with_shape(source: str | Unreadable, below: dict, given: dict) -> dict:
+def with_shape(source: str, below: dict, given: dict) -> dict:
     """The settings `below` the flags with the shape of such weights, and windows that fit into it. Raises UsageError
     where a flag or a preset wants another shape, or the place isn't one, RunError where it can't be read."""
-    if isinstance(source, Unreadable):
-        raise UsageError(source.problem)
     shape = read_shape(Path(source))
     problems = []
     for name, value in shape.items():
         if below.get(name, value) != value:
             preset = f"preset {given['preset']} has {name} {below[name]}"
             problems.append(f"{preset}, and {source} has {value}: use --preset finetune")
-        elif given.get(name, value) != value and not isinstance(given[name], Unreadable):
+        elif given.get(name, value) != value:
             problems.append(f"{name} {given[name]} isn't {value}, which {source} has: leave --{name} out")
     if problems:
         raise UsageError(*problems)

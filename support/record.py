@@ -6,17 +6,15 @@ import dataclasses
 import json
 import math
 import shlex
-import shutil
 import time
 from collections.abc import Callable, Iterator, Sequence
 from datetime import datetime, timedelta
-from pathlib import Path
 
 import torch
 
-from support.cli import RunError, duration
+from support.cli import duration
 from support.inference import RECALL_ASKED, RECALL_GIVEN, longest_verbatim, recall
-from support.machine import Limit, memory_needs, memory_of
+from support.machine import Limit
 from support.presets import MACHINE, PRESETS, RECORDS
 from support.rundir import ENDINGS, RunDirectory, git_commit, now, versions
 from support.text import TEXT_KEPT
@@ -141,7 +139,7 @@ def estimate(trainer, rate: float) -> str:
 def known_tokens(config, sha256: str) -> int:
     """Tokens that the recorded run of this preset needed to its target; 0 if the settings or the text are others."""
     record = RECORDS.get(config.preset)
-    if record is None or record["sha256"] != sha256 or config.preset not in PRESETS:
+    if record is None or record["sha256"] != sha256:
         return 0
     recipe = dataclasses.replace(type(config)(), **PRESETS[config.preset])
     shape = ("block_size", "n_layer", "n_head", "n_embd", "tokenizer", "batch_size", "seq_len", "grad_accum")
@@ -259,56 +257,6 @@ def exit_code(ended: str | None, signum: int) -> int | None:
     return int(ended.startswith("failed"))
 
 
-def check_finite(trainer) -> None:
-    """Raises RunError where training broke. With a loss scaler an infinite gradient only skipped the update."""
-    loss = float(trainer.progress.loss)
-    grad_norm = float(trainer.progress.grad_norm)
-    broken = not (math.isfinite(loss) and math.isfinite(trainer.avg_loss()))
-    if not trainer.runtime.scaler and not math.isfinite(grad_norm):
-        broken = True
-    if broken:
-        raise RunError(
-            f"the loss is {loss} and the gradient norm {grad_norm} at step {trainer.progress.step}: resume from the"
-            " last checkpoint, or start anew, with a lower --lr or --amp off"
-        )
-
-
-def score(trainer) -> tuple[bool, float]:
-    """What best.pt is chosen by: lower is better. (False, loss), of a full pass or of held-out text, is lower than any
-    (True, loss), of the batches seen so far."""
-    avg_loss = trainer.avg_loss()
-    progress = trainer.progress
-    if trainer.config.best_by == "train":
-        return not trainer.seen_all(), avg_loss
-    if not progress.val_step:
-        return True, avg_loss
-    if progress.val_step == progress.step:
-        return False, progress.val_loss
-    return True, math.inf  # nothing is known of these weights
-
-
-RECENT = 100  # steps: others stop at the mean of so many
-
-
-def note_losses(trainer, losses: list[float]) -> None:
-    """Notes the first step, and the tokens, at which one step's loss, and the mean of the last hundred, were under the
-    target: that is where others stop. `losses` are of the steps since the last time."""
-    progress = trainer.progress
-    target = trainer.config.target_loss
-    if progress.first_under.get("target") != target:
-        progress.first_under = {"target": target}
-    step = progress.step - len(losses)
-    tokens = trainer.batcher.tokens_taken() - len(losses) * trainer.tokens_per_step
-    for loss in losses:
-        step += 1
-        tokens += trainer.tokens_per_step
-        progress.recent = [*progress.recent[1 - RECENT :], loss]
-        if loss < target:
-            progress.first_under.setdefault("loss", {"step": step, "tokens": tokens})
-        if len(progress.recent) == RECENT and sum(progress.recent) / RECENT < target:
-            progress.first_under.setdefault("mean_of_100", {"step": step, "tokens": tokens})
-
-
 def newcomers_commands() -> str:
     """The three commands that a newcomer may want, with how long each took."""
     lines = []
@@ -322,50 +270,6 @@ NO_LENGTH = (
     "the run has no length: give --steps N or --epochs N, or begin with one of these (times are of"
     f" {MACHINE}):\n{newcomers_commands()}"
 )
-
-
-def dry_run(trainer, last_pt_bytes: int) -> Iterator[str]:
-    """What the run would take, after timing two steps. Writes nothing."""
-    config = trainer.config
-    device = trainer.runtime.device
-    parameters = sum(p.numel() for p in trainer.model.parameters())
-    yield f"Device: {trainer.runtime.describe_device()}, {trainer.runtime.describe_precision()}"
-    yield f"Parameters: {parameters:,}"
-    tokens = config.batch_size * config.seq_len
-    activations = trainer.model.activation_bytes(tokens, trainer.runtime.amp_dtype is not None, config.grad_checkpoint)
-    needed = sum(memory_needs(trainer.runtime, parameters, last_pt_bytes, activations).values())
-    there = memory_of(device)
-    yield f"Memory: at least {needed / 1e9:.1f} GB; there are {there / 1e9:.1f} GB" if there else "Memory: unknown"
-    checkpoints = 2 * last_pt_bytes + 4 * parameters
-    free = shutil.disk_usage(existing_folder(config.out_dir)).free
-    yield f"Disk: {checkpoints / 1e9:.2f} GB for last.pt, previous.pt and best.pt; {free / 1e9:.1f} GB are free"
-    total = config.steps * trainer.tokens_per_step
-    passes = config.steps * trainer.batches_per_step / trainer.batcher.n_batches
-    yield f"Length: {config.steps:,} steps of {trainer.tokens_per_step:,} tokens, {total:,} in all, {passes:.1f} passes"
-    yield f"Learning rate: {describe_curve(trainer)}"
-    trainer.train_step()  # the first also sets up
-    float(trainer.progress.loss)
-    start = time.monotonic()
-    trainer.train_step()
-    float(trainer.progress.loss)  # waits for the device
-    seconds = time.monotonic() - start
-    rate = trainer.tokens_per_step / seconds
-    yield f"Speed: {rate:,.0f} tok/s in the second of two steps, so {duration(seconds * config.steps)} for all of them"
-
-
-def existing_folder(path: str) -> Path:
-    """The folder, or the nearest above it that is there."""
-    absolute = Path(path).absolute()
-    return next(folder for folder in (absolute, *absolute.parents) if folder.is_dir())
-
-
-def describe_curve(trainer) -> str:
-    """The learning rate at its first step, its peak and its last step."""
-    config = trainer.config
-    first = trainer.optimizer.param_groups[0]["lr"]
-    embeddings = f", of the embeddings {config.embed_lr:.2e}" if config.embed_lr else ""
-    peak = f"{config.lr:.2e} at step {max(1, config.warmup_steps)}{embeddings}"
-    return f"{first:.2e} at step 1, up to {peak}, down along a cosine to about 0 at step {config.steps}"
 
 
 # What brings more to do.

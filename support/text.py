@@ -11,7 +11,6 @@ import io
 import os
 import random
 import re
-import sys
 import urllib.request
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -23,6 +22,7 @@ import tiktoken
 import tiktoken.load
 from tqdm import tqdm
 
+from support.bar import no_bar
 from support.cli import UsageError
 from support.files import atomic_write
 
@@ -199,11 +199,6 @@ def input_files(given: str | Sequence[str]) -> list[Path]:
         else:
             files.append(path)
     return files
-
-
-def no_bar() -> bool | None:
-    """tqdm's `disable`: None draws a progress bar only where stderr is a terminal, but a closed stderr it can't see."""
-    return None if sys.stderr else True
 
 
 def fetch_corpus(path: Path) -> None:

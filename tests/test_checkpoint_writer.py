@@ -520,3 +520,29 @@ def test_last_pt_is_saved_even_where_best_pt_cannot_be(writer, monkeypatch):
     assert writer.failure is None
     assert writer.best == 4.0
     assert step_in(run_dir.best) == 4
+
+
+def test_a_best_pt_that_was_taken_away_is_not_replaced_by_worse_weights(quick, tmp_path, monkeypatch):
+    best = tmp_path / "out" / "checkpoints" / "best.pt"
+    losses = {40: 1.0}
+    monkeypatch.setattr(train.Trainer, "avg_loss", lambda trainer: losses.get(trainer.progress.step, 7.0))
+    train.train(quick(**{**SETTINGS, "steps": 40, "save_every": 20}))
+    assert load_checkpoint(best)["step"] == 40
+    best.unlink()
+    train.train(quick(**{**SETTINGS, "steps": 80, "save_every": 20}, resume="auto"))
+    assert not best.exists()
+
+
+def test_a_run_that_is_stopped_before_its_first_save_leaves_a_best_pt_that_counts_for_nothing(
+    quick, tmp_path, monkeypatch
+):
+    settings = {**SETTINGS, "steps": 20, "save_every": 10}
+    best = tmp_path / "out" / "checkpoints" / "best.pt"
+    losses = {3: 0.5, 10: 6.0}  # the mean so far is lowest where the run is stopped
+    monkeypatch.setattr(train.Trainer, "avg_loss", lambda trainer: losses.get(trainer.progress.step, 7.0))
+    with monkeypatch.context() as patch:
+        stop_at(3, patch)
+        train.train(quick(**settings))
+    assert load_checkpoint(best)["step"] == 3
+    train.train(quick(**settings, resume="auto"))
+    assert load_checkpoint(best)["step"] == 10

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import pytest
-from conftest import ROOT
+from conftest import PLAY, ROOT
 
 import train
 from support.cli import UsageError
@@ -167,3 +167,23 @@ def test_a_short_trial_of_any_preset_needs_no_other_flag(preset, tmp_path):
 def test_the_published_run_warms_up_in_60_steps(tmp_path):
     config = train.config_from_flags(["--preset", "shakespeare", "--out_dir", str(tmp_path / "run")])
     assert config.completed(100, 1).warmup_steps == 60
+
+
+def test_the_other_name_of_a_preset_is_the_same_preset(tmp_path):
+    words = ["--out_dir", str(tmp_path / "run"), "--input_file", str(PLAY), "--device", "cpu"]
+    configs = [train.config_from_flags(["--preset", name, *words]) for name in ("muon", "shakespeare")]
+    assert configs[0] == configs[1]
+    assert configs[0].optimizer == "muon"
+
+
+@pytest.mark.parametrize(
+    "words", [["--resume"], ["--resume", "nowhere.pt"], ["--init_from"], ["--init_from", "nowhere"]]
+)
+def test_a_place_that_cannot_be_read_hides_no_other_problem(words):
+    """Nothing is known then of the settings below the flags, so that no length is asked for."""
+    with pytest.raises(UsageError) as caught:
+        train.config_from_flags(["--stepz", "5", "--lr", "-1", "--n_head", "many", *words])
+    problems = caught.value.problems
+    assert [problem for problem in problems if "Unreadable" in problem] == []
+    for word in ("--stepz is unknown", "lr -1.0 is too small", "n_head 'many' isn't a whole number"):
+        assert any(problem.startswith(word) for problem in problems), word

@@ -373,3 +373,23 @@ def test_a_share_over_1_is_measured_again_and_never_told(monkeypatch):
     unknown = machine.Limit.__new__(machine.Limit)
     unknown.value = None
     assert unknown.share(200.0) == "unknown"
+
+
+class Turns(machine.Runtime):
+    """A process of two, which notes when it waits."""
+
+    def __init__(self, rank: int):
+        super().__init__(torch.device("cpu"), None, None, "", rank, 2)
+        self.done = []
+
+    def wait(self) -> None:
+        self.done.append("wait")
+
+
+@pytest.mark.parametrize(("rank", "order"), [(0, ["work", "wait"]), (1, ["wait", "work"])])
+def test_the_first_process_goes_first_and_lets_the_others_go_on_even_if_it_fails(rank, order):
+    process = Turns(rank)
+    with pytest.raises(OSError), process.first_one_first():
+        process.done.append("work")
+        raise OSError
+    assert process.done == order

@@ -349,7 +349,9 @@ def test_a_place_that_is_nothing_of_the_kind_is_one_sentence(tmp_path, capsys):
     code, err = said(capsys, flags(tmp_path / "out", PLAY))
     assert code == 1
     assert "is damaged or isn't a checkpoint" in err
-    code, err = said(capsys, ["--out_dir", str(tmp_path / "out"), "--init_from"])
+    code, err = said(
+        capsys, ["--out_dir", str(tmp_path / "out"), "--input_file", str(PLAY), "--steps", "5", "--init_from"]
+    )
     assert code == 2
     assert "--init_from needs a value" in err
 

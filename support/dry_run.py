@@ -1,0 +1,55 @@
+"""What a run would take: memory, disk, length and time, for `train.py --dry_run`."""
+
+from __future__ import annotations
+
+import shutil
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+from support.cli import duration
+from support.machine import memory_needs, memory_of
+
+
+def describe(trainer, last_pt_bytes: int) -> Iterator[str]:
+    """Yields it in lines, the last one after two steps. Writes nothing. `trainer` is train.py's Trainer."""
+    config = trainer.config
+    device = trainer.runtime.device
+    parameters = sum(p.numel() for p in trainer.model.parameters())
+    yield f"Device: {trainer.runtime.describe_device()}, {trainer.runtime.describe_precision()}"
+    yield f"Parameters: {parameters:,}"
+    tokens = config.batch_size * config.seq_len
+    activations = trainer.model.activation_bytes(tokens, trainer.runtime.amp_dtype is not None, config.grad_checkpoint)
+    needed = sum(memory_needs(trainer.runtime, parameters, last_pt_bytes, activations).values())
+    there = memory_of(device)
+    yield f"Memory: at least {needed / 1e9:.1f} GB; there are {there / 1e9:.1f} GB" if there else "Memory: unknown"
+    checkpoints = 2 * last_pt_bytes + 4 * parameters
+    free = shutil.disk_usage(existing_folder(config.out_dir)).free
+    yield f"Disk: {checkpoints / 1e9:.2f} GB for last.pt, previous.pt and best.pt; {free / 1e9:.1f} GB are free"
+    total = config.steps * trainer.tokens_per_step
+    passes = config.steps * trainer.batches_per_step / trainer.batcher.n_batches
+    yield f"Length: {config.steps:,} steps of {trainer.tokens_per_step:,} tokens, {total:,} in all, {passes:.1f} passes"
+    yield f"Learning rate: {describe_curve(trainer)}"
+    trainer.train_step()  # the first also sets up
+    float(trainer.progress.loss)
+    start = time.monotonic()
+    trainer.train_step()
+    float(trainer.progress.loss)  # waits for the device
+    seconds = time.monotonic() - start
+    rate = trainer.tokens_per_step / seconds
+    yield f"Speed: {rate:,.0f} tok/s in the second of two steps, so {duration(seconds * config.steps)} for all of them"
+
+
+def existing_folder(path: str) -> Path:
+    """The folder, or the nearest above it that is there."""
+    absolute = Path(path).absolute()
+    return next(folder for folder in (absolute, *absolute.parents) if folder.is_dir())
+
+
+def describe_curve(trainer) -> str:
+    """The learning rate at its first step, its peak and its last step."""
+    config = trainer.config
+    first = trainer.optimizer.param_groups[0]["lr"]
+    embeddings = f", of the embeddings {config.embed_lr:.2e}" if config.embed_lr else ""
+    peak = f"{config.lr:.2e} at step {max(1, config.warmup_steps)}{embeddings}"
+    return f"{first:.2e} at step 1, up to {peak}, down along a cosine to about 0 at step {config.steps}"
