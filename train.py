@@ -95,7 +95,7 @@ class TrainConfig:
     epochs: float | None = flag(None, "in place of steps: passes, or epochs of steps_per_epoch", above=0, below=10**6)
     steps_per_epoch: int | None = flag(None, "steps in an epoch (default: a pass over the corpus)", least=1)
     target_loss: float = flag(0.1, "stop once avg_loss, then final_loss, is under this (0: never)", least=0)
-    optimizer: str = flag("adamw", "adamw; muon: that for the blocks' matrices alone", choices=("adamw", "muon"))
+    optimizer: str = flag("adamw", "muon: for the blocks' matrices, adamw for the rest", choices=("adamw", "muon"))
     lr: float = flag(3e-4, "peak learning rate", above=0)
     embed_lr: float = flag(0.0, "peak learning rate of the embeddings (0: as lr)", least=0)
     warmup_steps: int | None = flag(None, "steps to the peak (default: a tenth of steps, at most 300)", least=0)
