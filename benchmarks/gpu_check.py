@@ -1,0 +1,253 @@
+"""Everything that needs a GPU, tried, timed and written down by one command: is training right there, and how fast?
+
+    python benchmarks/gpu_check.py                             # on CUDA or MPS: up to 8 minutes
+    python benchmarks/gpu_check.py --only logits kill          # these parts alone
+    python benchmarks/gpu_check.py --device cpu --small        # tries the command itself, without a GPU
+
+Each part is a process of its own with a time limit: one that fails or hangs costs no other. What is cheap and matters
+most comes first; a part that no time is left for is listed as not tried. Prints a Markdown table as it goes, and leaves
+it in a file beside one in JSON. Exit codes: 0 all parts that were tried passed, 1 one failed, 2 unusable flags.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import json
+import multiprocessing
+import os
+import shlex
+import signal
+import sys
+import tempfile
+import time
+import traceback
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import gpu_parts
+from common import parser, print_row
+from gpu_parts import Check, NotHere
+
+from support.cli import UsageError, run_program
+
+HEADER = ("part", "result", "seconds", "what was found")
+
+
+@dataclass(frozen=True)
+class Part:
+    """One row of the table."""
+
+    name: str
+    what: str
+    function: Callable[..., dict]
+    takes: float  # seconds, about, on an H100
+    arguments: tuple = ()
+
+
+PARTS = [
+    Part("logits", "logits beside transformers', relative to fp32", gpu_parts.logits, 14),
+    Part("causality", "no token sees a later one", gpu_parts.causality, 6),
+    Part("scaler", "the loss scaler meets an overflow", gpu_parts.scaler, 6),
+    Part("losses", "30 losses beside a CPU's in fp32: widest gap, nats", gpu_parts.losses, 10),
+    Part("waits", "a step waits for nothing", gpu_parts.waits, 6, (False,)),
+    Part("newton-schulz", "Muon's Newton-Schulz beside fp32: relative gap", gpu_parts.newton_schulz, 5),
+    Part("across", "fp16 on the device, then a CPU, then the device", gpu_parts.across, 6),
+    Part("nccl", "one process over NCCL", gpu_parts.nccl, 8),
+    Part("save-bits", "a save in the background beside one that is waited for", gpu_parts.save_bits, 20),
+    Part("kill", "kill -9, then --resume", gpu_parts.kill, 20),
+    Part("torchrun", "torchrun --nproc_per_node 1", gpu_parts.torchrun, 15),
+    Part("waits-compiled", "a step waits for nothing, compiled", gpu_parts.waits, 40, (True,)),
+]
+
+
+# ---- one part, in a process of its own ----
+
+
+def work(part: Part, check: Check, folder: str) -> None:
+    """What the process does: the part's answer goes to answer.json, its words to words.txt."""
+    if hasattr(os, "setsid"):
+        os.setsid()  # so that it can be ended together with what it starts
+    with open(Path(folder, "words.txt"), "w") as words:
+        os.dup2(words.fileno(), 1)
+        os.dup2(words.fileno(), 2)
+    code = 0
+    try:
+        answer = {"figures": part.function(check, *part.arguments)}
+    except NotHere as e:
+        answer = {"not here": str(e)}
+    except BaseException:
+        traceback.print_exc()
+        code = 1
+    if not code:
+        Path(folder, "answer.json").write_text(json.dumps(answer), encoding="utf-8")
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)  # a thread of what was tried may still wait for something
+
+
+def try_apart(part: Part, check: Check, seconds: float) -> dict:
+    """The part's `figures`; or why it is `not here`, or `failed`; or that it was `cut` off after so many seconds."""
+    # A fork has torch already, which takes seconds to import; this process never touches the GPU. macOS can't fork.
+    context = multiprocessing.get_context("fork" if sys.platform == "linux" else "spawn")
+    sys.stdout.flush()
+    with tempfile.TemporaryDirectory(dir=check.folder) as folder:
+        check = Check(check.device, check.small, folder, check.keep)
+        process = context.Process(target=work, args=(part, check, folder))
+        process.start()
+        try:
+            process.join(seconds)
+            ended = process.exitcode is not None
+        finally:
+            end(process)
+        answer = Path(folder, "answer.json")
+        if not ended:
+            return {"cut": last_words(Path(folder, "words.txt"))}
+        if process.exitcode == 0 and answer.exists():
+            return json.loads(answer.read_text(encoding="utf-8"))
+        return {"failed": last_words(Path(folder, "words.txt")) or f"ended with {process.exitcode}, without a word"}
+
+
+def end(process: multiprocessing.Process) -> None:
+    """Ends a process, and what it started."""
+    if hasattr(os, "killpg"):
+        with contextlib.suppress(ProcessLookupError, PermissionError):
+            os.killpg(process.pid, signal.SIGKILL)
+    process.kill()
+    process.join()
+
+
+def last_words(path: Path) -> str:
+    """The last line that the process wrote, without the names of exceptions that only carry a sentence."""
+    lines = path.read_text(encoding="utf-8", errors="replace").strip().splitlines() if path.exists() else []
+    said = lines[-1].strip() if lines else ""
+    for name in ("common.Failed: ", "AssertionError: "):
+        said = said.removeprefix(name)
+    return said
+
+
+# ---- all of them ----
+
+
+def try_all(parts: Sequence[Part], check: Check, end_at: float, slower: float) -> list[dict]:
+    """Tries one after the other until the time is over, and prints a row for each."""
+    rows = []
+    for part in parts:
+        begin = time.monotonic()
+        rows.append(try_one(part, check, end_at - begin, slower))
+        print_row(*cells(rows[-1]))
+    return rows
+
+
+def try_one(part: Part, check: Check, left: float, slower: float) -> dict:
+    """A row: name, what, result (passed, failed or not tried), seconds, figures, and why where it isn't passed."""
+    row = {"name": part.name, "what": part.what, "result": "not tried", "seconds": 0.0, "figures": {}, "why": ""}
+    if left < part.takes * slower / 2:
+        return {**row, "why": "no time left"}
+    limit = 3 * part.takes * slower + 20
+    begin = time.monotonic()
+    found = try_apart(part, check, min(limit, left))
+    row["seconds"] = round(time.monotonic() - begin, 1)
+    if "figures" in found:
+        return {**row, "result": "passed", "figures": found["figures"]}
+    if "not here" in found:
+        return {**row, "why": found["not here"]}
+    if "cut" in found and left < limit:
+        return {**row, "why": "not enough time was left"}
+    if "cut" in found:
+        words = f"; its last words: {found['cut']}" if found["cut"] else ""
+        return {**row, "result": "failed", "why": f"no end within {limit:.0f} seconds{words}"}
+    return {**row, "result": "failed", "why": found["failed"]}
+
+
+def cells(row: dict) -> list[str]:
+    """A row of the table."""
+    figures = [f"{name}: {shown(value)}" for name, value in row["figures"].items()]
+    what = f"{row['name']}: {row['what']}"
+    return [what, row["result"], f"{row['seconds']:.1f}", row["why"] or "; ".join(figures)]
+
+
+def shown(value) -> str:
+    return f"{value:.3g}" if isinstance(value, float) else str(value)
+
+
+def markdown(record: dict) -> str:
+    """The whole record as a page."""
+    told = [f"{name} {value}" for name, value in record["machine"].items()]
+    lines = [f"# {record['command']}", "", f"{record['started']}, {record['seconds']:.0f} s: {', '.join(told)}", ""]
+    for row in (HEADER, ["---"] * len(HEADER), *map(cells, record["parts"])):
+        lines.append("| " + " | ".join(cell.replace("|", "\\|") for cell in row) + " |")
+    return "\n".join(lines) + "\n"
+
+
+# ---- command line ----
+
+
+def chosen(only: Sequence[str], skip: Sequence[str]) -> list[Part]:
+    """The parts that --only and --skip leave. `throughput` stands for all whose names begin so. Raises UsageError."""
+
+    def named(part: Part, words: Sequence[str]) -> bool:
+        return any(part.name == word or part.name.startswith(word + "-") for word in words)
+
+    for word in (*only, *skip):
+        if not any(named(part, [word]) for part in PARTS):
+            raise UsageError(f"there is no part {word}: use {', '.join(part.name for part in PARTS)}")
+    return [part for part in PARTS if (not only or named(part, only)) and not named(part, skip)]
+
+
+def find_machine(device: str, check: Check) -> tuple[str, dict]:
+    """(the device, what it is). Raises UsageError where there is none."""
+    for one in ("cuda", "mps") if device == "auto" else (device,):
+        found = try_apart(Part("machine", "", gpu_parts.describe, 20), Check(one, check.small, check.folder, ""), 120)
+        if "figures" in found:
+            return one, found["figures"]
+        if "not here" not in found:
+            raise UsageError(f"device {one} is there but can't be used ({found})")
+    if device == "auto":
+        raise UsageError("there is neither CUDA nor MPS here: use --device cpu --small to try the command itself")
+    raise UsageError(found["not here"])
+
+
+def check_all(args: argparse.Namespace, command: str) -> int:
+    """The whole program, once its flags are read."""
+    end_at = time.monotonic() + 60 * args.minutes
+    begin = time.monotonic()
+    parts = chosen(args.only, args.skip)
+    if args.device == "cpu" and not args.small:
+        raise UsageError("a CPU takes hours for all of it: add --small")
+    with tempfile.TemporaryDirectory(prefix="gpu_check_", ignore_cleanup_errors=True) as folder:
+        os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", folder + "/inductor")  # what is compiled once is there for all
+        device, machine = find_machine(args.device, Check("", args.small, folder, args.keep))
+        record = {"command": command, "started": time.strftime("%Y-%m-%d %H:%M:%S %z"), "machine": machine}
+        print(f"{', '.join(f'{name} {value}' for name, value in machine.items())}\n")
+        print_row(*HEADER)
+        print_row(*["---"] * len(HEADER))
+        rows = try_all(parts, Check(device, args.small, folder, args.keep), end_at, args.slower)
+    record |= {"seconds": round(time.monotonic() - begin, 1), "parts": rows}
+    args.json.parent.mkdir(parents=True, exist_ok=True)
+    args.json.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+    args.json.with_suffix(".md").write_text(markdown(record), encoding="utf-8")
+    return int(any(row["result"] == "failed" for row in rows))
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    flags = parser(__file__, __doc__)
+    flags.add_argument("--device", default="auto", choices=("auto", "cuda", "mps", "cpu"), help="(default: auto)")
+    flags.add_argument("--small", action="store_true", help="models so small that a CPU takes seconds")
+    flags.add_argument("--minutes", type=float, default=8.0, help="for all parts together (default: 8)")
+    flags.add_argument("--slower", type=float, default=1.0, help="than an H100, so many times: for the time limits")
+    place = Path("out", "gpu_check.json")
+    flags.add_argument("--json", type=Path, default=place, help=f"and beside it the table, in .md (default: {place})")
+    flags.add_argument("--keep", default="out/gpu_check", help="for the runs of presets (default: out/gpu_check)")
+    names = ", ".join(part.name for part in PARTS)
+    flags.add_argument("--only", nargs="+", default=[], metavar="PART", help=f"of: {names}")
+    flags.add_argument("--skip", nargs="+", default=[], metavar="PART", help="all but these")
+    args = flags.parse_args(argv)
+    words = sys.argv[1:] if argv is None else list(argv)
+    command = shlex.join(["python", "benchmarks/gpu_check.py", *words])
+    return run_program("gpu_check.py", lambda: check_all(args, command), "close other programs")
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
