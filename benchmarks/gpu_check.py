@@ -14,7 +14,6 @@ from __future__ import annotations
 import argparse
 import contextlib
 import dataclasses
-import itertools
 import json
 import multiprocessing
 import os
@@ -29,9 +28,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import gpu_parts
+import gpu_runs
 import gpu_speed
 from common import parser, print_header, print_row
-from gpu_parts import Check, NotHere
+from gpu_kit import Check, NotHere
 
 from support.cli import RunError, UsageError, run_program
 
@@ -65,11 +65,11 @@ PARTS = [
     Part("losses", "30 losses beside a CPU's in fp32: widest gap, nats", gpu_parts.losses, 10),
     Part("waits", "a step waits for nothing", gpu_parts.waits, 5, (False,)),
     Part("newton-schulz", "Muon's Newton-Schulz beside fp32: relative gap", gpu_parts.newton_schulz, 5),
-    Part("across", "fp16 on the device, then a CPU, then the device", gpu_parts.across, 6),
-    Part("nccl", "one process over NCCL", gpu_parts.nccl, 8),
-    Part("save-bits", "a save in the background beside one that is waited for", gpu_parts.save_bits, 10),
-    Part("kill", "kill -9, then --resume", gpu_parts.kill, 12),
-    Part("torchrun", "torchrun --nproc_per_node 1", gpu_parts.torchrun, 15),
+    Part("across", "fp16 on the device, then a CPU, then the device", gpu_runs.across, 6),
+    Part("nccl", "one process over NCCL", gpu_runs.nccl, 8),
+    Part("save-bits", "a save in the background beside one that is waited for", gpu_runs.save_bits, 10),
+    Part("kill", "kill -9, then --resume", gpu_runs.kill, 12),
+    Part("torchrun", "torchrun --nproc_per_node 1", gpu_runs.torchrun, 15),
     Part("waits-compiled", "a step waits for nothing, compiled", gpu_parts.waits, 30, (True,)),
     Part("sampling", "text, token by token", gpu_speed.sample_speed, 10),
     Part("memory", "peak memory and speed by batch size", gpu_speed.memory, 20),
@@ -86,8 +86,8 @@ PARTS = [
     speed("bf16-compiled", "train.py --compile", 8, 256, 45),
     speed("plain-compiled", COMPILED, 8, 256, 45),
     speed("fp16-compiled", "train.py --amp fp16 --compile", 8, 256, 45),
-    Part("demo", "--preset demo to a proven loss", gpu_speed.preset, 20, ("demo",)),
-    Part("shakespeare", "--preset shakespeare to a proven loss", gpu_speed.preset, 120, ("shakespeare",)),
+    Part("demo", "--preset demo to a proven loss", gpu_runs.preset, 20, ("demo",)),
+    Part("shakespeare", "--preset shakespeare to a proven loss", gpu_runs.preset, 120, ("shakespeare",)),
 ]
 
 
@@ -169,7 +169,7 @@ def try_one(part: Part, check: Check, left: float, slower: float) -> dict:
     row = {"name": part.name, "what": part.what, "result": "not tried", "seconds": 0.0, "figures": {}, "why": ""}
     if left < part.takes * slower / 2:
         return {**row, "why": "no time left"}
-    limit = 3 * part.takes * slower + 20
+    limit = slower * (3 * part.takes + 20)
     begin = time.monotonic()
     found = try_apart(part, check, min(limit, left))
     row["seconds"] = round(time.monotonic() - begin, 1)
@@ -223,16 +223,19 @@ def chosen(only: Sequence[str], skip: Sequence[str]) -> list[Part]:
 def find_machine(check: Check) -> tuple[Check, dict]:
     """The check with its device and its way to start processes, and what the device is. Raises UsageError where there
     is none, RunError where it can't be used."""
-    devices = ("cuda", "mps") if check.device == "auto" else (check.device,)
     # A fork has torch already, which takes seconds to import. This process never touches the GPU, so it can.
     starts = ("fork", "spawn") if sys.platform == "linux" else ("spawn",)
-    for device, start in itertools.product(devices, starts):
-        this = dataclasses.replace(check, device=device, start=start)
-        found = try_apart(Part("machine", "", gpu_parts.describe, 20), this, 120)
-        if "figures" in found:
-            return this, found["figures"]
-    if "not here" not in found:
-        raise RunError(f"device {device} can't be used: {found}")
+    part = Part("machine", "", gpu_parts.describe, 20)
+    for device in ("cuda", "mps") if check.device == "auto" else (check.device,):
+        for start in starts:
+            this = dataclasses.replace(check, device=device, start=start)
+            found = try_apart(part, this, 120)
+            if "figures" in found:
+                return this, found["figures"]
+            if "not here" in found:
+                break
+        else:
+            raise RunError(f"device {device} is there, but can't be used: {found}")
     if check.device == "auto":
         raise UsageError("there is neither CUDA nor MPS here: use --device cpu --small to try the command itself")
     raise UsageError(f"{found['not here']}: use --device auto")

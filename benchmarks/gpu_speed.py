@@ -4,10 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import importlib.metadata
-import json
 import math
-import os
-import shutil
 import time
 from pathlib import Path
 
@@ -15,8 +12,7 @@ import checkpoints
 import numpy as np
 import sampling
 import torch
-from common import ROOT, SAMPLE
-from gpu_parts import Check, NotHere, expect, flags_of, make_trainer, settings, steps
+from gpu_kit import Check, NotHere, flags_of, make_trainer, settings, steps
 from peers import Setup
 from throughput import most_memory, turn
 
@@ -26,7 +22,6 @@ from support.cli import is_out_of_memory
 from support.inference import Request, Writer
 
 GPT2 = {"n_layer": 12, "n_head": 12, "n_embd": 768, "block_size": 1024}
-TINY = {"n_layer": 2, "n_head": 2, "n_embd": 32, "block_size": 64, "batch_size": 2, "seq_len": 32, "tokenizer": "char"}
 
 
 # ---- memory ----
@@ -137,23 +132,3 @@ def save_cost(check: Check) -> dict:
         "the write takes": found["write"],
         "training loses": found["lost"],
     }
-
-
-# ---- whole runs ----
-
-
-def preset(check: Check, name: str) -> dict:
-    """`--preset NAME` until its loss is proven. The run directory stays, without its checkpoints."""
-    out = Path(check.keep, name)
-    flags = ["--preset", name, "--out_dir", str(out), "--overwrite", "--device", check.device]
-    if check.small:
-        flags += flags_of({**TINY, "input_file": SAMPLE, "steps": 140, "lr": 1e-3, "target_loss": 4.0, "no_mfu": True})
-    os.chdir(ROOT)  # presets name their text from there
-    try:
-        code = train.main(flags)
-    finally:
-        shutil.rmtree(out / "checkpoints", ignore_errors=True)  # gigabytes
-    record = json.loads((out / "run.json").read_text(encoding="utf-8"))
-    expect(code == 0 and record["ended"] == "target reached", f"the run ended so: {record['ended']}")
-    names = ("precision", "steps", "tokens", "seconds_to_target", "seconds", "final_loss")
-    return {name: record[name] for name in names}
