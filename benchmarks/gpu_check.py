@@ -30,7 +30,7 @@ from pathlib import Path
 import gpu_parts
 import gpu_runs
 import gpu_speed
-from common import parser, print_header, print_row
+from common import Failed, parser, print_header, print_row
 from gpu_kit import Check, NotHere
 
 from support.cli import RunError, UsageError, run_program
@@ -102,19 +102,25 @@ def work(part: Part, check: Check, folder: str) -> None:
     with open(Path(folder, "words.txt"), "w") as words:
         os.dup2(words.fileno(), 1)
         os.dup2(words.fileno(), 2)
-    code = 0
     try:
         answer = {"figures": part.function(check, *part.arguments)}
     except NotHere as e:
         answer = {"not here": str(e)}
-    except BaseException:
+    except (Exception, SystemExit) as e:
         traceback.print_exc()
-        code = 1
-    if not code:
-        Path(folder, "answer.json").write_text(json.dumps(answer), encoding="utf-8")
+        answer = {"failed": sentence(e)}
+    Path(folder, "answer.json").write_text(json.dumps(answer), encoding="utf-8")
     sys.stdout.flush()
     sys.stderr.flush()
-    os._exit(code)  # a thread of what was tried may still wait for something
+    os._exit(0)  # a thread of what was tried may still wait for something
+
+
+def sentence(e: BaseException) -> str:
+    """What an exception says, in a line; with its name, unless it was made to carry a sentence."""
+    said = str(e).strip().splitlines() or [repr(e)]
+    if isinstance(e, (Failed, AssertionError)):
+        return said[0]
+    return f"{type(e).__name__}: {said[0]}"
 
 
 def try_apart(part: Part, check: Check, seconds: float) -> dict:
@@ -129,12 +135,12 @@ def try_apart(part: Part, check: Check, seconds: float) -> dict:
             ended = process.exitcode is not None
         finally:
             end(process)
-        answer = Path(folder, "answer.json")
+        words = last_line(Path(folder, "words.txt"))
         if not ended:
-            return {"cut": last_words(Path(folder, "words.txt"))}
-        if process.exitcode == 0 and answer.exists():
-            return json.loads(answer.read_text(encoding="utf-8"))
-        return {"failed": last_words(Path(folder, "words.txt")) or f"ended with {process.exitcode}, without a word"}
+            return {"cut": words}
+        if process.exitcode:
+            return {"failed": f"ended with {process.exitcode}; its last words: {words or 'none'}"}
+        return json.loads(Path(folder, "answer.json").read_text(encoding="utf-8"))
 
 
 def end(process: multiprocessing.Process) -> None:
@@ -146,13 +152,10 @@ def end(process: multiprocessing.Process) -> None:
     process.join()
 
 
-def last_words(path: Path) -> str:
-    """The last line that the process wrote, without the names of exceptions that only carry a sentence."""
+def last_line(path: Path) -> str:
+    """Of a text that a process may have been about to write."""
     lines = path.read_text(encoding="utf-8", errors="replace").strip().splitlines() if path.exists() else []
-    said = lines[-1].strip() if lines else ""
-    for name in ("common.Failed: ", "AssertionError: "):
-        said = said.removeprefix(name)
-    return said
+    return lines[-1].strip() if lines else ""
 
 
 # ---- all of them ----
@@ -180,8 +183,8 @@ def try_one(part: Part, check: Check, left: float, slower: float) -> dict:
     if "cut" in found and left < limit:
         return {**row, "why": "not enough time was left"}
     if "cut" in found:
-        words = f"; its last words: {found['cut']}" if found["cut"] else ""
-        return {**row, "result": "failed", "why": f"no end within {limit:.0f} seconds{words}"}
+        why = f"no end within {limit:.0f} seconds; its last words: {found['cut'] or 'none'}"
+        return {**row, "result": "failed", "why": why}
     return {**row, "result": "failed", "why": found["failed"]}
 
 

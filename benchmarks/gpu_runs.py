@@ -22,7 +22,7 @@ from common import ROOT, SAMPLE
 from gpu_kit import CLOSE, SMALL, Check, NotHere, expect, flags_of, make_trainer, settings, start_runtime, steps, widest
 
 import train
-from support import checkpoint, machine
+from support import checkpoint, machine, text
 
 # ---- saving and resuming ----
 
@@ -106,6 +106,7 @@ def kill(check: Check) -> dict:
     """Runs that are killed after step 15 and go on from step 10, beside runs that are left alone. With --deterministic
     they must be the same to the bit; without it, how far apart they are is reported."""
     common = settings(check, steps=24, save_every=10, dropout=0.1, randomize_batches=True, amp="auto")
+    text.load_text(common["input_file"], "char" if check.small else "gpt2", common["cache_dir"])  # once for all runs
     folders = {}
     processes = []
     for name in ("deterministic", "usual"):
@@ -134,7 +135,7 @@ def join(processes: Sequence[multiprocessing.Process]) -> None:
     """Waits for them. Killed ones are as they should be; raises Failed for another bad end."""
     for process in processes:
         process.join()
-        expect(process.exitcode in (0, -9, -15), f"train.py ended with {process.exitcode}: see above")
+        expect(process.exitcode in (0, -9, -15), f"train.py ended with {process.exitcode}")
 
 
 def rows_and_weights(folder: str) -> tuple[list[float], dict]:

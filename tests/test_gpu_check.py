@@ -83,7 +83,7 @@ def test_what_fails_or_hangs_costs_only_itself(checked_kit):
     assert [(row["result"], row["why"]) for row in record["parts"][:6]] == [
         ("passed", ""),
         ("failed", "two and two are five"),
-        ("failed", "ended with -11, without a word"),
+        ("failed", "ended with -11; its last words: none"),
         ("failed", "no end within 2 seconds; its last words: and then"),
         ("not tried", "this machine has no such thing"),
         ("passed", ""),
