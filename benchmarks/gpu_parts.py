@@ -197,7 +197,7 @@ def newton_schulz(check: Check) -> dict:
     shapes = [(64, 256), (64, 64)] if check.small else [(768, 3072), (3072, 768), (768, 768)]
     found = {"bfloat16": 0.0, "float16": 0.0}
     for shape in shapes:
-        matrix = torch.randn(shape, generator=torch.Generator().manual_seed(1)).to(check.device)
+        matrix = torch.randn(1, *shape, generator=torch.Generator().manual_seed(1)).to(check.device)
         exact = orthogonalized(matrix, torch.float32).float()
         for name, gap in found.items():
             rounded = orthogonalized(matrix, getattr(torch, name)).float()
