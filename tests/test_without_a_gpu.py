@@ -25,8 +25,8 @@ from support.kernels import linear_cross_entropy
 
 @pytest.fixture
 def fp16(quick, monkeypatch):
-    """fp16(**changes) -> a TrainConfig for which --amp fp16 works here, with a scaler that begins at a scale of 2^24, at
-    which gradients overflow."""
+    """fp16(**changes) -> a TrainConfig with --amp fp16, which works here for once. Its scaler begins at a scale of 2^24,
+    at which gradients overflow."""
     monkeypatch.setattr(rundir, "machine_problems", lambda device, amp: [])
     monkeypatch.setattr(machine, "pick_cpu_precision", lambda amp: (torch.float16, "a test asks for it"))
     monkeypatch.setattr(torch.amp, "GradScaler", functools.partial(torch.amp.GradScaler, init_scale=2.0**24))
