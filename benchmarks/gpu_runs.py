@@ -119,7 +119,7 @@ def kill(check: Check) -> dict:
         killed = f"{check.folder}/{name}_killed"
         resumed[killed] = in_own_process(check, ["--resume", f"{killed}/checkpoints/last.pt"])
     wait_for(resumed)
-    found = {name: apart(check, name) for name in ("deterministic", "usual")}
+    found = {name: distance(check, name) for name in ("deterministic", "usual")}
     expect(found["deterministic"] == SAME, f"with --deterministic, {found['deterministic']} after kill and resume")
     return found
 
@@ -127,7 +127,7 @@ def kill(check: Check) -> dict:
 SAME = "the same to the bit"
 
 
-def apart(check: Check, name: str) -> str:
+def distance(check: Check, name: str) -> str:
     """How far a run that was killed and resumed is from the one that wasn't, in words."""
     whole_losses, whole = rows_and_weights(f"{check.folder}/{name}_whole")
     killed_losses, killed = rows_and_weights(f"{check.folder}/{name}_killed")
@@ -139,7 +139,7 @@ def apart(check: Check, name: str) -> str:
 
 
 def wait_for(runs: dict[str, multiprocessing.Process]) -> None:
-    """Waits for the runs in these folders. One that was killed is as it should be; raises Failed for another bad end."""
+    """Waits for the runs in these folders. Raises Failed for one that ended badly; being killed is no bad end here."""
     for folder, process in runs.items():
         process.join()
         record = Path(folder, "run.json")

@@ -25,7 +25,7 @@ from support.kernels import linear_cross_entropy
 
 @pytest.fixture
 def fp16(quick, monkeypatch):
-    """fp16(**changes) -> a TrainConfig with --amp fp16, which works here for once. Its scaler begins at a scale of 2^24,
+    """fp16(**changes) -> a TrainConfig with --amp fp16, which works here for once. Its scaler begins at 2^24, a scale
     at which gradients overflow."""
     monkeypatch.setattr(rundir, "machine_problems", lambda device, amp: [])
     monkeypatch.setattr(machine, "pick_cpu_precision", lambda amp: (torch.float16, "a test asks for it"))
