@@ -70,7 +70,7 @@ PARTS = [
     Part("save-bits", "a save in the background beside one that is waited for", gpu_runs.save_bits, 10),
     Part("kill", "kill -9, then --resume", gpu_runs.kill, 12),
     Part("torchrun", "torchrun --nproc_per_node 1", gpu_runs.torchrun, 15),
-    Part("waits-compiled", "a step waits for nothing, compiled", gpu_parts.waits, 30, (True,)),
+    Part("compiled", "a step waits for nothing, compiled", gpu_parts.waits, 30, (True,)),
     Part("sampling", "text, token by token", gpu_speed.sample_speed, 10),
     Part("memory", "peak memory and speed by batch size", gpu_speed.memory, 20),
     speed("bf16", "train.py", 64, 1024, 10),
