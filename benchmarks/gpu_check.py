@@ -70,7 +70,7 @@ PARTS = [
     Part("save-bits", "a save in the background beside one that is waited for", gpu_runs.save_bits, 10),
     Part("kill", "kill -9, then --resume", gpu_runs.kill, 12),
     Part("torchrun", "torchrun --nproc_per_node 1", gpu_runs.torchrun, 15),
-    Part("waits-compiled", "a step waits for nothing, compiled", gpu_parts.waits, 30, (True,)),
+    Part("compiled", "a step waits for nothing, compiled", gpu_parts.waits, 30, (True,)),
     Part("sampling", "text, token by token", gpu_speed.sample_speed, 10),
     Part("memory", "peak memory and speed by batch size", gpu_speed.memory, 20),
     speed("bf16", "train.py", 64, 1024, 10),
@@ -250,6 +250,7 @@ def check_all(args: argparse.Namespace, command: str) -> int:
     parts = chosen(args.only, args.skip)
     if args.device == "cpu" and not args.small:
         raise UsageError("a CPU takes hours for all of it: add --small")
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # as Ctrl-C: what was started is ended
     with tempfile.TemporaryDirectory(prefix="gpu_check_", ignore_cleanup_errors=True) as folder:
         os.environ["PYTORCH_NVML_BASED_CUDA_CHECK"] = "1"  # asking whether there is CUDA leaves forks usable
         os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", folder + "/inductor")  # what is compiled once is there for all
@@ -287,7 +288,6 @@ def main(argv: Sequence[str] | None = None) -> int:
     flags.add_argument("--only", nargs="+", default=[], metavar="PART", help=f"of: {names}")
     flags.add_argument("--skip", nargs="+", default=[], metavar="PART", help="all but these")
     args = flags.parse_args(argv)
-    signal.signal(signal.SIGTERM, signal.default_int_handler)  # as Ctrl-C: what was started is ended
     words = sys.argv[1:] if argv is None else list(argv)
     command = shlex.join(["python", "benchmarks/gpu_check.py", *words])
     return run_program("gpu_check.py", lambda: check_all(args, command), "close other programs")

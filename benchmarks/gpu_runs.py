@@ -107,35 +107,44 @@ def kill(check: Check) -> dict:
     they must be the same to the bit; without it, how far apart they are is reported."""
     common = settings(check, steps=24, save_every=10, dropout=0.1, randomize_batches=True, amp="auto")
     text.load_text(common["input_file"], "char" if check.small else "gpt2", common["cache_dir"])  # once for all runs
-    folders = {}
-    processes = []
+    runs = {}
+    resumed = {}
     for name in ("deterministic", "usual"):
-        for way in ("whole", "killed"):
-            folder = folders[name, way] = f"{check.folder}/{name}_{way}"
-            flags = flags_of({**common, "out_dir": folder})
-            if name == "deterministic":
-                flags.append("--deterministic")
-            processes.append(in_own_process(check, flags, 15 if way == "killed" else None))
-    join(processes)
-    again = [["--resume", f"{folders[name, 'killed']}/checkpoints/last.pt"] for name in ("deterministic", "usual")]
-    join([in_own_process(check, flags) for flags in again])
-    found = {}
+        given = {**common, "deterministic": True} if name == "deterministic" else common
+        whole, killed = f"{check.folder}/{name}_whole", f"{check.folder}/{name}_killed"
+        runs[whole] = in_own_process(check, flags_of({**given, "out_dir": whole}))
+        runs[killed] = in_own_process(check, flags_of({**given, "out_dir": killed}), killed_at=15)
+    wait_for(runs)
     for name in ("deterministic", "usual"):
-        whole, killed = (rows_and_weights(folders[name, way]) for way in ("whole", "killed"))
-        gap = widest(whole[0], killed[0])
-        same = all(torch.equal(whole[1][key], killed[1][key]) for key in whole[1])
-        found[name] = "the same to the bit" if same and gap == 0 else f"a loss is {gap:.1e} apart"
-    expect(
-        "to the bit" in found["deterministic"], f"with --deterministic, {found['deterministic']} after kill and resume"
-    )
+        killed = f"{check.folder}/{name}_killed"
+        resumed[killed] = in_own_process(check, ["--resume", f"{killed}/checkpoints/last.pt"])
+    wait_for(resumed)
+    found = {name: distance(check, name) for name in ("deterministic", "usual")}
+    expect(found["deterministic"] == SAME, f"with --deterministic, {found['deterministic']} after kill and resume")
     return found
 
 
-def join(processes: Sequence[multiprocessing.Process]) -> None:
-    """Waits for them. Killed ones are as they should be; raises Failed for another bad end."""
-    for process in processes:
+SAME = "the same to the bit"
+
+
+def distance(check: Check, name: str) -> str:
+    """How far a run that was killed and resumed is from the one that wasn't, in words."""
+    whole_losses, whole = rows_and_weights(f"{check.folder}/{name}_whole")
+    killed_losses, killed = rows_and_weights(f"{check.folder}/{name}_killed")
+    gap = widest(whole_losses, killed_losses)
+    if gap == 0 and all(torch.equal(whole[key], killed[key]) for key in whole):
+        return SAME
+    weights = max((whole[key] - killed[key]).abs().max().item() for key in whole)
+    return f"a loss is {gap:.1e} apart, and a weight {weights:.1e}"
+
+
+def wait_for(runs: dict[str, multiprocessing.Process]) -> None:
+    """Waits for the runs in these folders. Raises Failed for one that ended badly; being killed is no bad end here."""
+    for folder, process in runs.items():
         process.join()
-        expect(process.exitcode in (0, -9, -15), f"train.py ended with {process.exitcode}")
+        record = Path(folder, "run.json")
+        why = json.loads(record.read_text(encoding="utf-8"))["ended"] if record.exists() else "it never began"
+        expect(process.exitcode in (0, -9, -15), f"{Path(folder).name} ended with {process.exitcode}: {why}")
 
 
 def rows_and_weights(folder: str) -> tuple[list[float], dict]:
