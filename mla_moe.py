@@ -1,9 +1,10 @@
 """The second architecture, `train.py --arch mla_moe`: DeepSeek-V3's (DeepSeek-AI 2024, "DeepSeek-V3 Technical Report",
 section 2.1), in the names of transformers' DeepseekV3Config and with its parameter names.
 
-Two things differ from GPT-2. Attention reads keys and values out of a small latent vector, which is all that a cache has
-to keep of a token. And the MLP is a mixture of experts: a router sends each token to two of seven, and a shared one
+Two things differ from GPT-2. Attention reads keys and values out of a small latent vector, which is all that a cache
+has to keep of a token. And the MLP is a mixture of experts: a router sends each token to two of seven, and a shared one
 works on every token, so that a token meets half of the parameters.
+docs/mla-moe.md explains both, and how each part is proven.
 
     MLAMoEConfig       the shape; the defaults are those of --preset mla-moe-1b
     LatentAttention    multi-head latent attention with its decoupled rotary positions
@@ -13,8 +14,8 @@ works on every token, so that a token meets half of the parameters.
 
 from __future__ import annotations
 
-import dataclasses
 import math
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
@@ -22,7 +23,6 @@ import torch.nn as nn
 import torch.nn.functional as F
 import torch.utils.checkpoint
 
-from support.cli import UsageError
 from support.kernels import attention_by_products, linear_cross_entropy
 
 
@@ -52,52 +52,49 @@ class MLAMoEConfig:
 
     @classmethod
     def of(cls, settings, vocab_size: int) -> MLAMoEConfig:
-        """From train.py's settings. Raises UsageError for a shape that can't be."""
-        check_settings(settings)
-        head = settings.n_embd // settings.n_head
-        latent = settings.latent_dim or 3 * settings.n_embd // 8
+        """From train.py's settings."""
+        C = settings.n_embd
+        head = C // settings.n_head
         return cls(
             vocab_size=vocab_size,
-            hidden_size=settings.n_embd,
+            hidden_size=C,
             num_hidden_layers=settings.n_layer,
             num_attention_heads=settings.n_head,
-            q_lora_rank=latent,
-            kv_lora_rank=latent,
+            q_lora_rank=3 * C // 8,
+            kv_lora_rank=3 * C // 8,
             qk_nope_head_dim=head // 2,
             qk_rope_head_dim=head // 2,
             v_head_dim=head,
-            moe_intermediate_size=settings.expert_width or 3 * settings.n_embd // 2,
+            moe_intermediate_size=settings.expert_width or 3 * C // 2,
             n_routed_experts=settings.n_expert,
             num_experts_per_tok=settings.n_expert_active,
             max_position_embeddings=settings.block_size,
             balance_rate=settings.balance_rate,
         )
 
+    @staticmethod
+    def conflicts(settings) -> Iterator[tuple[str, str]]:
+        """Yields (train.py's settings that this architecture can't have, what to do about it)."""
+        head = settings.n_embd // settings.n_head
+        if head % 4:
+            yield "n_embd n_head", f"n_embd / n_head is {head}: --arch mla_moe needs a multiple of 4, such as 64"
+        for name in ("n_embd", "expert_width"):
+            width = getattr(settings, name)
+            if width % 8:  # rows of experts' matrices begin at multiples of 16 bytes
+                nearest = 8 * (width // 8 + 1)
+                yield name, f"{name} {width} isn't a multiple of 8: --arch mla_moe needs one, such as {nearest}"
+        if settings.n_expert_active > settings.n_expert:
+            most = f"use at most {settings.n_expert}"
+            yield "n_expert n_expert_active", f"n_expert_active {settings.n_expert_active} is over n_expert: {most}"
+        if settings.dropout:
+            yield "dropout", "dropout is for --arch gpt2 alone: leave it out"
+        if settings.init_from:
+            yield "init_from", "init_from starts a gpt2: leave it out, or leave --arch out"
+
     @property
     def block_size(self) -> int:
         """The context, by the name that the rest of the program has for it."""
         return self.max_position_embeddings
-
-
-def check_settings(settings) -> None:
-    """Raises UsageError with all that this architecture can't be."""
-    problems = []
-    head = settings.n_embd // settings.n_head
-    if head % 4:
-        problems.append(f"n_embd {settings.n_embd} / n_head {settings.n_head} is {head}: mla_moe needs a multiple of 4")
-    for name in ("n_embd", "expert_width"):
-        width = getattr(settings, name)
-        if width % 8:  # rows of experts' matrices begin at multiples of 16 bytes
-            problems.append(f"{name} {width} isn't a multiple of 8: mla_moe needs one, such as {8 * (width // 8 + 1)}")
-    if settings.n_expert_active > settings.n_expert:
-        most = f"use at most {settings.n_expert}"
-        problems.append(f"n_expert_active {settings.n_expert_active} is over n_expert {settings.n_expert}: {most}")
-    if settings.dropout:
-        problems.append("dropout is for gpt2 alone: leave it out")
-    if settings.init_from:
-        problems.append("init_from starts a gpt2: leave it out, or leave --arch out")
-    if problems:
-        raise UsageError(*problems)
 
 
 # ======== Attention ===================================================================================================
@@ -114,11 +111,11 @@ class RMSNorm(nn.Module):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         wide = x.float()
         wide = wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + self.eps)
-        return self.weight * wide.to(x.dtype)
+        return (self.weight * wide).to(x.dtype)
 
 
 class Matrix(nn.Module):
-    """A weight (rows, columns) that isn't always used as nn.Linear would use it."""
+    """A weight (rows, columns) that isn't only used as nn.Linear would use it."""
 
     def __init__(self, columns: int, rows: int):
         super().__init__()
@@ -142,8 +139,8 @@ def rotated(x: torch.Tensor, rope: tuple[torch.Tensor, torch.Tensor]) -> torch.T
 
 
 class LatentAttention(nn.Module):
-    """Multi-head latent attention (DeepSeek-AI 2024, "DeepSeek-V2", section 2.1). A token leaves one latent vector, from
-    which each head reads its own key and value, and one key that carries its position, shared by all heads."""
+    """Multi-head latent attention (DeepSeek-AI 2024, "DeepSeek-V2", section 2.1). A token leaves one latent vector,
+    from which each head reads its own key and value, and one key that carries its position, shared by all heads."""
 
     def __init__(self, config: MLAMoEConfig):
         super().__init__()
@@ -196,19 +193,19 @@ class LatentAttention(nn.Module):
         taken into the latent space once, and what is gathered there is taken out of it."""
         T, S = q_nope.size(2), left.size(1)
         into, out_of = self.kv_b_proj.weight.unflatten(0, (self.n_head, -1)).split((self.nope, self.v), dim=1)
-        q = torch.cat((q_nope @ into.to(q_nope.dtype), q_rope), dim=-1)  # (B, H, T, latent + rope)
+        q = torch.cat((q_nope @ into, q_rope), dim=-1)  # (B, H, T, latent + rope)
         scores = (q @ left[:, None].mT).float() / math.sqrt(self.nope + self.rope)
         later = torch.ones(T, S, dtype=torch.bool, device=q.device).triu(S - T + 1)
         weights = scores.masked_fill(later, -math.inf).softmax(dim=-1).to(left.dtype)
-        return weights @ left[:, None, :, : self.latent] @ out_of.mT.to(left.dtype)
+        return weights @ left[:, None, :, : self.latent] @ out_of.mT
 
 
 # ======== Experts =====================================================================================================
 
 
 class Router(nn.Module):
-    """Chooses k of E experts for each token, in fp32: sigmoid scores, of which a bias takes part in the choice alone. It
-    is no parameter: MLAMoE.after_backward moves it so that the experts get even loads (Wang et al. 2024,
+    """Chooses k of E experts for each token, in fp32: sigmoid scores, of which a bias takes part in the choice alone.
+    It is no parameter: MLAMoE.before_update moves it so that the experts get even loads (Wang et al. 2024,
     "Auxiliary-loss-free load balancing")."""
 
     def __init__(self, config: MLAMoEConfig):
@@ -304,7 +301,7 @@ class Block(nn.Module):
 class MLAMoE(nn.Module):
     """DeepSeek-V3 in the small, with its own parameter names: transformers' DeepseekV3ForCausalLM loads them."""
 
-    figures = ("load_entropy", "busiest")  # of a step, for log and CSV: see after_backward
+    figures = ("load_entropy", "busiest")  # of a step, for log and CSV: see before_update
 
     def __init__(self, config: MLAMoEConfig, generator: torch.Generator | None = None):
         super().__init__()
@@ -323,7 +320,7 @@ class MLAMoE(nn.Module):
 
     @torch.no_grad()
     def init_weights(self, generator: torch.Generator | None) -> None:
-        """N(0, 0.02); what writes to the residual stream is scaled down so that its variance doesn't grow with depth."""
+        """N(0, 0.02), and less for what writes to the residual stream: its variance shouldn't grow with depth."""
         std = self.config.initializer_range
         for name, p in self.named_parameters():
             if name.endswith(("o_proj.weight", "down_proj.weight", "experts.down_proj")):
@@ -364,7 +361,7 @@ class MLAMoE(nn.Module):
         return logits, F.cross_entropy(logits.float().flatten(0, 1), targets.flatten(), ignore_index=-1)
 
     @torch.no_grad()
-    def after_backward(self, runtime) -> dict[str, torch.Tensor]:
+    def before_update(self, runtime) -> dict[str, torch.Tensor]:
         """Between gradients and step: an expert that got more tokens than the mean, over all micro-batches and
         processes, is chosen less often from now on. Returns how even the load was: its entropy, 1 where all are alike
         (mean of the layers), and the share of the busiest expert of any layer."""
@@ -380,7 +377,7 @@ class MLAMoE(nn.Module):
         return {"load_entropy": entropy, "busiest": share.max()}
 
     def new_cache(self) -> list[dict]:
-        """An empty cache for each block: one tensor (B, S, kv_lora_rank + qk_rope_head_dim), once there are S tokens."""
+        """An empty cache for each block: of S tokens it has one tensor (B, S, kv_lora_rank + qk_rope_head_dim)."""
         return [{} for _ in self.model.layers]
 
     def mask_explicitly(self) -> None:
@@ -389,23 +386,23 @@ class MLAMoE(nn.Module):
             block.self_attn.masks_explicitly = True
 
     def parameter_groups(self) -> dict[str, list[nn.Parameter]]:
-        """Parameters by how they are trained: the blocks' matrices, embedding and head, and vectors."""
+        """Parameters by how they are trained: the blocks' matrices, embedding and head, and vectors. The router counts
+        as one of these: its few rows are no map from space to space, which Muon is for."""
+        routers = [block.mlp.gate.weight for block in self.model.layers]
+        others = [p for name, p in self.model.layers.named_parameters() if not name.endswith("mlp.gate.weight")]
         return {
-            "matrices": [p for p in self.model.layers.parameters() if p.dim() >= 2],
+            "matrices": [p for p in others if p.dim() >= 2],
             "embeddings": [self.model.embed_tokens.weight, self.lm_head.weight],
-            "vectors": [p for p in self.parameters() if p.dim() < 2],
+            "vectors": [*routers, *(p for p in others if p.dim() < 2), self.model.norm.weight],
         }
 
-    def active_parameters(self) -> int:
-        """Parameters that work on a token: all but the experts that it isn't sent to."""
-        config = self.config
-        idle = config.n_routed_experts - config.num_experts_per_tok
-        expert = 3 * config.hidden_size * config.moe_intermediate_size
-        return sum(p.numel() for p in self.parameters()) - config.num_hidden_layers * idle * expert
-
     def flops_per_token(self) -> int:
-        """A product and a sum for each weight that works on a token, forward and twice backward."""
-        return 6 * self.active_parameters()
+        """A product and a sum for each weight that works on a token, forward and twice backward: all but the experts
+        that it isn't sent to."""
+        config = self.config
+        idle = config.num_hidden_layers * (config.n_routed_experts - config.num_experts_per_tok)
+        expert = 3 * config.hidden_size * config.moe_intermediate_size
+        return 6 * (sum(p.numel() for p in self.parameters()) - idle * expert)
 
     def activation_bytes(self, tokens: int, half_precision: bool, grad_checkpoint: bool) -> int:
         """At least what is kept for the gradients: of each block its input or, without grad_checkpoint, also what its
@@ -414,54 +411,9 @@ class MLAMoE(nn.Module):
         C = config.hidden_size
         size = 4 * C
         if not grad_checkpoint:
-            heads = config.num_attention_heads * 2 * (config.qk_nope_head_dim + config.qk_rope_head_dim + config.v_head_dim)
+            head = config.qk_nope_head_dim + config.qk_rope_head_dim + config.v_head_dim
+            heads = 2 * config.num_attention_heads * head
             experts = (config.num_experts_per_tok + 1) * (C + 3 * config.moe_intermediate_size)
             read = 2 * C + config.q_lora_rank + config.kv_lora_rank + heads + experts
             size += 4 * C + read * (2 if half_precision else 4)
         return tokens * config.num_hidden_layers * size
-
-
-# ======== For transformers ============================================================================================
-
-
-def hf_config(config: MLAMoEConfig, end_of_text: int | None) -> dict:
-    """config.json of a DeepseekV3ForCausalLM."""
-    shape = dataclasses.asdict(config)
-    del shape["balance_rate"]
-    return {
-        "architectures": ["DeepseekV3ForCausalLM"],
-        "model_type": "deepseek_v3",
-        **shape,
-        "num_key_value_heads": config.num_attention_heads,
-        "head_dim": config.qk_rope_head_dim,  # what its rotary embedding goes by
-        "first_k_dense_replace": 0,  # every layer has experts
-        "n_group": 1,  # and the router chooses among all of them
-        "topk_group": 1,
-        "norm_topk_prob": True,
-        "hidden_act": "silu",
-        "rope_interleave": True,
-        "rope_scaling": None,
-        "attention_bias": False,
-        "tie_word_embeddings": False,
-        "bos_token_id": end_of_text,
-        "eos_token_id": end_of_text,
-        "dtype": "float32",
-    }
-
-
-def hf_weights(model: MLAMoE) -> dict[str, torch.Tensor]:
-    """Weights as in published checkpoints, where each expert's matrices stand by themselves: every release reads it."""
-    tensors = {}
-    for name, tensor in model.state_dict().items():
-        if name.endswith("experts.gate_up_proj"):
-            stem = name.removesuffix("gate_up_proj")
-            for i, (gate, up) in enumerate(t.chunk(2) for t in tensor):
-                tensors[f"{stem}{i}.gate_proj.weight"] = gate.clone()
-                tensors[f"{stem}{i}.up_proj.weight"] = up.clone()
-        elif name.endswith("experts.down_proj"):
-            stem = name.removesuffix("down_proj")
-            for i, down in enumerate(tensor):
-                tensors[f"{stem}{i}.down_proj.weight"] = down.clone()
-        else:
-            tensors[name] = tensor.clone()
-    return tensors

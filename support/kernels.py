@@ -132,7 +132,8 @@ class Muon(torch.optim.Optimizer):
     2025, section 2.2), so that the usual learning rates do."""
 
     def __init__(self, params, dtype: torch.dtype, **options):
-        """params: matrices, or groups of them; options: lr, momentum and weight_decay."""
+        """params: matrices or stacks of them (N, rows, columns), such as experts', or groups of both; options: lr,
+        momentum and weight_decay."""
         super().__init__(params, options)
         self.dtype = dtype
 
@@ -142,14 +143,15 @@ class Muon(torch.optim.Optimizer):
             stacks = collections.defaultdict(list)
             for p in group["params"]:
                 if p.grad is not None:
-                    stacks[p.shape].append(p)
+                    stacks[p.shape[-2:]].append(p)
             for shape, stack in stacks.items():
-                directions = torch.stack([self.direction(p, group["momentum"]) for p in stack])
-                updates = orthogonalized(directions, self.dtype)
+                directions = [self.direction(p, group["momentum"]).reshape(-1, *shape) for p in stack]
+                counts = [len(direction) for direction in directions]
+                updates = orthogonalized(torch.cat(directions), self.dtype).split(counts)
                 size = 0.2 * math.sqrt(max(shape))
                 for p, update in zip(stack, updates, strict=True):
                     p.mul_(1 - group["lr"] * group["weight_decay"])
-                    p.add_(update, alpha=-group["lr"] * size)
+                    p.add_(update.view_as(p), alpha=-group["lr"] * size)
 
     def direction(self, p: torch.Tensor, momentum: float) -> torch.Tensor:
         """Nesterov's: the average of the gradients, a step ahead."""
