@@ -324,7 +324,7 @@ def make_space(checkpoint: Path, folder: Path) -> None:
 
 
 def copy_program(folder: Path) -> None:
-    for name in ("app.py", "train.py", "LICENSE"):
+    for name in ("app.py", "train.py", "mla_moe.py", "LICENSE"):
         shutil.copyfile(HERE / name, folder / name)
     for name in ("support", "report"):
         shutil.copytree(HERE / name, folder / name, ignore=shutil.ignore_patterns("__pycache__"))

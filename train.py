@@ -49,12 +49,13 @@ import torch.nn as nn
 import torch.nn.functional as F
 import torch.utils.checkpoint
 
-from support import checkpoint, cli, dry_run, figures, files, inference, machine, pretrained, record, rundir, text
+from support import checkpoint, cli, dry_run, figures, files, inference, machine, pretrained, record, rundir, settings
+from support import text
 from support.bar import StepBar
 from support.cli import RunError, Stopped, StopSignals, UsageError, flag
 from support.kernels import Muon, MuonAdamW, attention_by_products, linear_cross_entropy
 from support.machine import Runtime
-from support.presets import OTHER_NAMES, PRESETS
+from support.presets import PRESETS
 from support.rundir import RunDirectory
 
 # ======== Settings: each flag's name, type, default and help, in one place ============================================
@@ -82,11 +83,16 @@ class TrainConfig:
     randomize_batches: bool = flag(False, "shuffle the order of the batches anew each pass")
     val_fraction: float = flag(0.0, "share of the text, at its end, that is held out of training", least=0, below=1)
 
-    block_size: int = flag(1024, "context: the longest sequence that the model can read", "Model", least=1)
+    arch: str = flag("gpt2", "gpt2, or mla_moe: DeepSeek-V3's", "Model", choices=("gpt2", "mla_moe"))
+    block_size: int = flag(1024, "context: the longest sequence that the model can read", least=1)
     n_layer: int = flag(12, "transformer blocks", least=1)
     n_head: int = flag(12, "attention heads in a block", least=1)
     n_embd: int = flag(768, "width of the residual stream", least=1)
     dropout: float = flag(0.0, "probability of dropping an activation in training", least=0, below=1)
+    n_expert: int = flag(7, "of mla_moe: experts among which a router chooses in each block", least=1)
+    n_expert_active: int = flag(2, "of mla_moe: how many of them work on a token, beside the shared one", least=1)
+    expert_width: int = flag(0, "of mla_moe: width inside an expert (0: 3/2 of n_embd)", least=0)
+    balance_rate: float = flag(1e-3, "of mla_moe: how fast a router evens out its experts' loads", least=0)
 
     batch_size: int = flag(8, "B: windows in a micro-batch (lower it when memory runs out)", "Training", least=1)
     seq_len: int = flag(256, "T: tokens in a window, at most block_size", least=1)
@@ -141,6 +147,8 @@ class TrainConfig:
         if self.n_embd % self.n_head:
             nearest = max(1, (self.n_embd + self.n_head // 2) // self.n_head) * self.n_head
             yield "n_embd n_head", f"n_embd {self.n_embd} isn't divisible by n_head {self.n_head}: try {nearest}"
+        _, model_config = ARCHITECTURES[self.arch]()
+        yield from model_config.conflicts(self)
         if self.seq_len > self.block_size:
             yield "seq_len block_size", f"seq_len {self.seq_len} is over block_size {self.block_size}: use at most that"
         if not (self.steps or self.epochs):
@@ -183,10 +191,8 @@ class TrainConfig:
         return filled
 
     def model_config(self, vocab_size: int) -> GPTConfig:
-        return GPTConfig(self.block_size, vocab_size, self.n_layer, self.n_head, self.n_embd, self.dropout)
-
-
-FIELDS = cli.fields_of(TrainConfig)
+        _, model_config = ARCHITECTURES[self.arch]()
+        return model_config.of(self, vocab_size)
 
 
 def late_warmup(c: TrainConfig) -> str:
@@ -303,6 +309,15 @@ class GPTConfig:
     n_embd: int = 768
     dropout: float = 0.0
 
+    @classmethod
+    def of(cls, config: TrainConfig, vocab_size: int) -> GPTConfig:
+        return cls(config.block_size, vocab_size, config.n_layer, config.n_head, config.n_embd, config.dropout)
+
+    @staticmethod
+    def conflicts(config: TrainConfig) -> Iterator[tuple[str, str]]:
+        """Yields as TrainConfig.conflicts does what this architecture can't be: here, nothing more."""
+        yield from ()
+
 
 class CausalSelfAttention(nn.Module):
     """Each position gathers from the positions up to itself, n_head times in parallel."""
@@ -370,6 +385,8 @@ class Block(nn.Module):
 class GPT(nn.Module):
     """GPT-2, with its own parameter names: other GPT-2s' weights map onto it, their Conv1D matrices transposed."""
 
+    figures = ()  # names of what before_update returns, for log and CSV
+
     def __init__(self, config: GPTConfig, generator: torch.Generator | None = None):
         super().__init__()
         self.config = config
@@ -430,6 +447,10 @@ class GPT(nn.Module):
         loss = F.cross_entropy(logits.float().flatten(0, 1), targets.flatten(), ignore_index=-1)
         return logits, loss
 
+    def before_update(self, runtime: Runtime) -> dict[str, torch.Tensor]:
+        """What an architecture does between gradients and step."""
+        return {}
+
     def new_cache(self) -> list[dict]:
         """An empty cache of keys and values for each block."""
         return [{} for _ in self.transformer.h]
@@ -460,8 +481,13 @@ class GPT(nn.Module):
         return tokens * self.config.n_layer * self.config.n_embd * per_value
 
 
-# What makes a model, by the name of its architecture.
-ARCHITECTURES = {"gpt2": lambda model_config, generator=None: GPT(GPTConfig(**model_config), generator)}
+def mla_moe() -> tuple[type, type]:
+    from mla_moe import MLAMoE, MLAMoEConfig  # loaded only where it is asked for
+
+    return MLAMoE, MLAMoEConfig
+
+
+ARCHITECTURES = {"gpt2": lambda: (GPT, GPTConfig), "mla_moe": mla_moe}  # each gives the classes of model and config
 
 
 # ======== Optimizer and schedule ======================================================================================
@@ -653,6 +679,7 @@ class Progress:
     loss: float | torch.Tensor = 0.0
     grad_norm: float | torch.Tensor = 0.0
     lr: float = 0.0
+    figures: dict = dataclasses.field(default_factory=dict)  # what the model counted
     skipped: int | torch.Tensor = 0  # updates that the loss scaler left out
     best_loss: float = math.inf  # the lowest avg_loss seen
     best_saved: tuple[bool, float] = (True, math.inf)  # what best.pt was chosen by
@@ -673,6 +700,7 @@ class Progress:
         for name in ("loss", "grad_norm", "epoch_loss"):
             state[name] = float(state[name])
         state["skipped"] = int(self.skipped)
+        state["figures"] = {name: float(value) for name, value in self.figures.items()}
         return state
 
 
@@ -718,8 +746,8 @@ class Trainer:
 
     def build_model(self) -> GPT:
         config = self.given
-        make = ARCHITECTURES["gpt2"]
-        shape = dataclasses.asdict(config.model_config(self.tokenizer.vocab_size))
+        make, _ = ARCHITECTURES[config.arch]()
+        shape = config.model_config(self.tokenizer.vocab_size)
         with torch.device("meta"):  # the same model without numbers, to know what it would take
             outline = make(shape)
         parameters = sum(p.numel() for p in outline.parameters())
@@ -782,6 +810,7 @@ class Trainer:
         loss scaler skips one."""
         scaler = self.runtime.scaler
         progress = self.progress
+        progress.figures = self.model.before_update(self.runtime)
         if scaler:
             scaler.unscale_(self.optimizer)  # the norm must be of the real gradients
         progress.grad_norm = nn.utils.clip_grad_norm_(self.model.parameters(), self.config.clip_grad or math.inf)
@@ -838,6 +867,7 @@ class Trainer:
             "lr": progress.lr,
             "grad_norm": float(progress.grad_norm),
             "val_loss": progress.val_loss if 0 < progress.val_step == progress.step else "",
+            **{name: float(value) for name, value in progress.figures.items()},
         }
 
     # ---- what is asked of the model: nothing of it changes anything in training ----
@@ -919,7 +949,9 @@ class Loop:
         self.stop = stop
         self.poll = stop.poll if self.runtime.talk_is_free else lambda: None  # of several, none may leave by itself
         self.reads_each_step = self.runtime.device.type == "cpu"  # there, a result is there at once
-        fields = [*CSV_FIELDS, "val_loss"] if trainer.held_out else CSV_FIELDS
+        fields = [*CSV_FIELDS, *trainer.model.figures]
+        if trainer.held_out:
+            fields.append("val_loss")
         self.metrics = MetricsCSV(run_dir, log, fields)
         self.samples = SamplesFile(run_dir, log)
         before = [self.metrics.file, self.samples.file]
@@ -1128,7 +1160,7 @@ class Loop:
         rate = self.clock.rate(row["tokens"])
         mfu = self.limit.share(rate)
         skipped = int(self.progress.skipped) if self.runtime.scaler else None
-        self.log.info(record.step_line(row, self.config.steps, rate, mfu, skipped))
+        self.log.info(record.step_line(row, self.config.steps, rate, mfu, skipped, self.trainer.model.figures))
         row = {**row, "tok_per_s": round(rate, 1), "elapsed_s": round(self.clock.seconds(), 3), "mfu": mfu}
         if self.runtime.rank == 0:
             self.metrics.write(row)
@@ -1234,46 +1266,8 @@ def build_parser() -> argparse.ArgumentParser:
 
 
 def config_from_flags(argv: Sequence[str]) -> TrainConfig:
-    """Defaults, overridden by the preset or, on resuming, by the checkpoint's settings, overridden by the flags given.
-
-    Raises UsageError with all problems of the flags at once; RunError for a checkpoint that can't be read."""
-    given = cli.read_flags(TrainConfig, argv)
-    problems = [value.problem for name, value in given.items() if name not in FIELDS]
-    known = {name: value for name, value in given.items() if name in FIELDS}
-    readable = {name: value for name, value in known.items() if not isinstance(value, cli.Unreadable)}
-    if "prompt" in readable:
-        known["prompt"] = cli.unescape(readable["prompt"])
-    if readable.get("preset") in OTHER_NAMES:
-        known["preset"] = readable["preset"] = OTHER_NAMES[readable["preset"]]
-    try:
-        config = dataclasses.replace(TrainConfig(), **(base_settings(readable) | known))
-        problems += cli.settings_problems(config)
-    except UsageError as e:  # without what stands below the flags, only each of them by itself can be judged
-        problems += e.problems
-        problems += cli.value_problems(dataclasses.replace(TrainConfig(), **known)).values()
-    if problems:
-        raise UsageError(*problems)
-    return config
-
-
-def base_settings(given: dict) -> dict:
-    """What stands below the flags: the preset's settings and the shape of weights to start from or, on resuming, the
-    checkpoint's settings. Raises UsageError or RunError for a place that can't be read."""
-    base = dict(PRESETS.get(given.get("preset"), {}))
-    out_dir = given.get("out_dir") or base.get("out_dir") or TrainConfig.out_dir
-    saved = RunDirectory(out_dir).saved_settings(given.get("resume", ""))
-    if saved:
-        base = {name: value for name, value in saved.items() if name in FIELDS}
-    elif given.get("init_from"):
-        base = pretrained.with_shape(given["init_from"], {"seq_len": TrainConfig.seq_len, **base}, given)
-    # a given length replaces the one below it, and a preset's warm-up, which was meant for that
-    if "steps" in given:
-        base |= {"epochs": None, "steps_per_epoch": None}
-    elif "epochs" in given:
-        base["steps"] = None
-    if not saved and given.keys() & {"steps", "epochs"}:
-        base.pop("warmup_steps", None)
-    return base
+    """Raises UsageError with all problems of the flags at once; RunError for a checkpoint that can't be read."""
+    return settings.from_flags(TrainConfig, argv)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

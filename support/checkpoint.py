@@ -18,7 +18,8 @@ from support.text import Corpus, Tokenizer, saved_tokenizer
 FORMAT = 2  # raised when an older program couldn't read a newer file
 
 # In files from before these were settings.
-EARLIER_SETTINGS = {"optimizer": "adamw", "embed_lr": 0.0, "val_fraction": 0.0, "best_by": "train"}
+EARLIER_SETTINGS = {"optimizer": "adamw", "embed_lr": 0.0, "val_fraction": 0.0, "best_by": "train", "arch": "gpt2"}
+EARLIER_SETTINGS |= {"n_expert": 7, "n_expert_active": 2, "expert_width": 0}
 
 
 def save_checkpoint(path: Path, content: dict, previous: Path | None = None, spare: Path | None = None) -> None:
@@ -106,13 +107,13 @@ def progress_of_format_1(content: dict) -> dict:
 
 
 def load_model(path: str | Path, architectures: dict, lazy: bool = True) -> tuple[nn.Module, Tokenizer, dict]:
-    """(the model, its tokenizer, all that the checkpoint holds). `architectures` has what makes a model, by name.
+    """(the model, its tokenizer, all that the checkpoint holds). `architectures` is train.py's.
 
     Raises RunError for a checkpoint that can't be used, UsageError where its tokenizer isn't installed."""
     checkpoint = load_checkpoint(path, lazy)
     try:
-        make = architectures[checkpoint["config"].get("architecture", "gpt2")]
-        model = make(checkpoint["model_config"])
+        make, model_config = architectures[checkpoint["config"]["arch"]]()
+        model = make(model_config(**checkpoint["model_config"]))
         model.load_state_dict(checkpoint["model"])
         return model, saved_tokenizer(checkpoint["tokenizer"]), checkpoint
     except (KeyError, TypeError, ValueError, RuntimeError) as e:
@@ -124,6 +125,7 @@ def load_model(path: str | Path, architectures: dict, lazy: bool = True) -> tupl
 # Another value of one of these makes another run, which a checkpoint can't go on with.
 FIXED = ("block_size", "n_layer", "n_head", "n_embd", "dropout", "tokenizer", "batch_size", "seq_len", "seed")
 FIXED = (*FIXED, "randomize_batches", "optimizer", "val_fraction", "best_by")
+FIXED = (*FIXED, "arch", "n_expert", "n_expert_active", "expert_width")
 # These belong to one start and not to the run.
 PASSING = ("preset", "out_dir", "resume", "overwrite", "init_from", "input_file", "cache_dir")
 
