@@ -4,8 +4,11 @@
     python app.py --checkpoint out_demo/checkpoints/best.pt
     python app.py --make_space space                         # a folder to push as a Hugging Face Space
 
-Text streams in token by token. One request is computed at a time, others wait in a queue. What a request may ask for is
-limited on the server, not only in the page. Nothing is fetched from other hosts and nothing is sent to any.
+Text streams in token by token. What stands word for word in the training text is marked, where that text is found. One
+request is computed at a time, others wait in a queue. What a request may ask for is limited on the server, not only in
+the page. Nothing is fetched from other hosts and nothing is sent to any. A program asks by gradio_client:
+
+    text = Client("http://127.0.0.1:7860").predict(prompt="TILDA:", temperature=0.5, api_name="/write")
 
 Exit codes: 0 stopped by Ctrl-C, or the Space is written; 1 the port or a file can't be used; 2 unusable flags.
 """
@@ -14,8 +17,9 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import html
 import os
-import shutil
+import random
 import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -27,29 +31,20 @@ from report import blocks, pictures
 from report.markdown import code, plain
 from report.run import ReadmeError, read_run
 from support import cli
-from support.checkpoint import load_checkpoint
 from support.cli import RunError, UsageError
-from support.files import whole_folder
-from support.inference import Request, Writer
+from support.door import door, while_read
+from support.inference import PAGE_BOUNDS, Request, Writer
 from support.machine import machine_problems
-from support.rundir import chosen_checkpoint, run_around
+from support.rundir import RunDirectory, chosen_checkpoint, run_around
+from support.space import make_space
+from support.text import find_text, opening_of, passages_of
+from support.verbatim import LEAST, Verbatim, pieces
 from train import ARCHITECTURES
 
-HERE = Path(__file__).resolve().parent
-# (least, most) of what a request may ask for; sample.py allows more
-BOUNDS = {
-    "max_new_tokens": (1, 1000),
-    "num_samples": (1, 4),
-    "temperature": (0.0, 5.0),
-    "top_k": (0, 50257),
-    "seed": (0, 2**32 - 1),
-}
-FIELDS = ("prompt", *BOUNDS)
-SLIDERS = ("max_new_tokens", "num_samples")
-BOXES = BOUNDS["num_samples"][1]
+FIELDS = ("prompt", "max_new_tokens", "num_samples", "temperature", "top_k", "seed")
+BOXES = PAGE_BOUNDS["num_samples"][1]
 PROMPT_CHARACTERS = 20_000
 QUEUE = 20  # requests that may wait
-EXAMPLES = ["ROMEO:\n", "BIANCA:\n", "First Citizen:\nBefore we proceed any further, hear me speak.\n", "KING HENRY"]
 INFO = {
     "prompt": "What the model continues.",
     "max_new_tokens": "Tokens to write, at most 1,000; a token is about four letters.",
@@ -64,16 +59,15 @@ INFO = {
 
 
 def read_request(values: dict) -> tuple[Request, dict[str, str]]:
-    """(the request, {field: what to put right}). The browser may send anything."""
-    prompt = values["prompt"] if isinstance(values["prompt"], str) else ""
-    request = Request(prompt, **{name: as_number(values[name]) for name in BOUNDS})
-    problems = request.problems(BOUNDS)
-    for name, (least, most) in BOUNDS.items():
-        emptied = name in SLIDERS and values[name] == 0  # an emptied slider becomes its minimum
-        if emptied or values[name] in (None, ""):
+    """(the request, {field: what to put right}). Whoever asks may send anything."""
+    request = Request(**{name: as_number(value) for name, value in values.items()})
+    problems = request.problems(PAGE_BOUNDS)
+    for name in values.keys() & PAGE_BOUNDS.keys():
+        if values[name] in (None, ""):
+            least, most = PAGE_BOUNDS[name]
             problems[name] = f"this is empty: enter a number from {least:,} to {most:,}"
-    if len(prompt) > PROMPT_CHARACTERS:
-        problems["prompt"] = f"{len(prompt):,} characters are too many: at most {PROMPT_CHARACTERS:,}"
+    if "prompt" not in problems and len(request.prompt) > PROMPT_CHARACTERS:
+        problems["prompt"] = f"{len(request.prompt):,} characters are too many: at most {PROMPT_CHARACTERS:,}"
     return request, problems
 
 
@@ -95,12 +89,22 @@ def fields(problems: dict[str, str]) -> list[dict]:
     return updates
 
 
-def boxes(texts: Sequence[str]) -> list[dict]:
-    """An update of each box for a sample: those that have no text are hidden."""
-    updates = [gr.update(visible=True, value=text) for text in texts]
+def boxes(shown: Sequence[str]) -> list[dict]:
+    """An update of each box for a sample, given its HTML: those that have no text are hidden."""
+    updates = [gr.update(visible=True, value=one) for one in shown]
     while len(updates) < BOXES:
         updates.append(gr.update(visible=False, value=""))
     return updates
+
+
+def as_html(marked: Sequence[tuple[str, bool]], note: str) -> str:
+    """A text in pieces, of which some are marked, and a note below it."""
+    parts = []
+    for piece, is_marked in marked:
+        escaped = html.escape(piece)
+        parts.append(f"<mark>{escaped}</mark>" if is_marked else escaped)
+    # HTML drops a line break at the beginning of <pre>: this one
+    return f"<pre>\n{''.join(parts)}</pre><p>{note}</p>"
 
 
 class Page:
@@ -109,11 +113,14 @@ class Page:
     def __init__(self, checkpoint: Path, device: str = "auto", amp: str = "auto"):
         self.writer: Writer | None = None
         self.trouble = ""
+        self.text = ""  # that the model was trained on, if it is there
         self.run_dir = run_around(checkpoint)
         try:
             self.writer = Writer(checkpoint, ARCHITECTURES, device, amp)
+            self.text = find_text(*self.writer.trained_on)
         except (RunError, UsageError) as e:
             self.trouble = str(e)
+        self.verbatim = Verbatim(self.text)
 
     def status(self) -> str:
         """Which checkpoint is loaded, or what to do."""
@@ -127,42 +134,80 @@ class Page:
         runtime = self.writer.runtime
         return f"{code(self.writer.path)}: {model}; on {runtime.describe_device()}, {runtime.describe_precision()}"
 
+    def press(self, client: gr.Request, *values) -> Iterator[list]:
+        """What the button Generate does: write, for as long as somebody reads it."""
+        yield from while_read(self.write(*values), client)
+
     def write(self, *values) -> Iterator[list]:
         """Updates of the texts, the fields and the line below, as the text grows."""
-        request, problems = read_request(dict(zip(FIELDS, values, strict=True)))
-        note = ""
-        if self.writer and not problems:
-            try:
-                note = self.about_prompt(request.prompt)
-            except UsageError as e:  # a character that a model of characters doesn't know
-                problems["prompt"] = str(e)
+        request, problems, note = self.check(dict(zip(FIELDS, values, strict=True)))
         if problems:
             yield [*boxes([""]), *fields(problems), "Please put right what is marked."]
         elif not self.writer:
             yield [*boxes([""]), *fields({}), self.status()]
         else:
             for texts, line in self.grow(request):
-                yield [*boxes(texts), *fields({}), line + note]
+                shown = [self.show(text, len(request.prompt)) for text in texts]
+                yield [*boxes(shown), *fields({}), line + note]
 
-    def about_prompt(self, prompt: str) -> str:
-        """What to say of its length. Raises UsageError for a prompt that the model can't read."""
-        _, cut = self.writer.encode(prompt)
+    def write_text(
+        self,
+        client: gr.Request,
+        prompt: str,
+        max_new_tokens: int = Request.max_new_tokens,
+        temperature: float = Request.temperature,
+        top_k: int = Request.top_k,
+        seed: int = Request.seed,
+    ) -> Iterator[str]:
+        """For programs: the prompt and what the model writes after it, as plain text, which streams in. temperature 0
+        takes the likeliest token each time, top_k 0 draws from all tokens, the same seed gives the same text. What the
+        page would refuse raises an error that says what to put right."""
+        values = {"prompt": prompt, "max_new_tokens": max_new_tokens, "temperature": temperature}
+        request, problems, _ = self.check(values | {"top_k": top_k, "seed": seed})
+        if not problems and not self.writer:
+            problems["checkpoint"] = self.trouble
+        if problems:
+            sentences = [f"{name}: {problem}" for name, problem in problems.items()]
+            raise gr.Error("\n".join(sentences), print_exception=False)
+        for texts, _ in while_read(self.grow(request), client):
+            yield texts[0]
+
+    def check(self, values: dict) -> tuple[Request, dict[str, str], str]:
+        """(the request, {field: what to put right}, what to say of its length)."""
+        request, problems = read_request(values)
+        if problems or not self.writer:
+            return request, problems, ""
+        try:
+            _, cut = self.writer.encode(request.prompt)
+        except UsageError as e:  # a character that a model of characters doesn't know
+            return request, {"prompt": str(e)}, ""
         if not cut:
-            return ""
-        return f" The prompt is longer than the context: its last {self.writer.context:,} tokens are read."
+            return request, {}, ""
+        return request, {}, f" The prompt is longer than the context: its last {self.writer.context:,} tokens are read."
 
     def grow(self, request: Request) -> Iterator[tuple[list[str], str]]:
         """(the texts so far, how far they are), ten times a second and at the end."""
         texts = [request.prompt] * request.num_samples
         start = time.monotonic()
         shown = 0.0
-        for count, pieces in enumerate(self.writer.write(request), 1):
-            texts = [text + piece for text, piece in zip(texts, pieces, strict=True)]
+        for count, grown in enumerate(self.writer.write(request), 1):
+            texts = [text + piece for text, piece in zip(texts, grown, strict=True)]
             now = time.monotonic()
             if now - shown > 0.1 or count == request.max_new_tokens:
                 shown = now
                 rate = count * request.num_samples / max(now - start, 1e-9)
                 yield texts, f"{count:,} of {request.max_new_tokens:,} tokens, {rate:.0f} tok/s."
+
+    def show(self, text: str, begin: int) -> str:
+        """A text as HTML. What was written after the first `begin` characters and stands in the training text is
+        marked."""
+        covered = self.verbatim.covers(text)
+        covered[:begin] = False
+        note = ""
+        if self.text:
+            share = f"{covered.sum():,} of {len(text) - begin:,} new characters"
+            note = f"{share} stand in the training text word for word, in pieces of {LEAST} or more."
+        return as_html(pieces(text, covered), note)
 
     def training(self) -> tuple[str, str]:
         """(the run's summary as Markdown, its curve as SVG), from the records beside the checkpoint."""
@@ -177,11 +222,33 @@ class Page:
         return text, svg[svg.find("<svg") :]  # without the lines that an SVG in a file begins with
 
     def examples(self) -> list[str]:
-        """Prompts that the model can read, its own first."""
+        """Prompts that suit the model: the run's own first, then openings of passages of its text."""
         if not self.writer:
-            return EXAMPLES
-        own = self.writer.trained_prompt
-        return [own, *(text for text in EXAMPLES if text != own and self.writer.tokenizer.knows(text))]
+            return []
+        passages = passages_of(self.text)
+        drawn = [opening_of(one) for one in random.Random(0).sample(passages, min(len(passages), 3))]
+        found = [self.writer.trained_prompt, *(drawn or recorded_prompts(self.run_dir))]
+        return [text for text in dict.fromkeys(found) if self.writer.tokenizer.knows(text)]
+
+    def recital(self) -> list:
+        """How to ask for what the model knows by heart, in the first fields: the likeliest tokens after the beginning
+        of its text. [] where that isn't there."""
+        if not self.text:
+            return []
+        beginning = self.text[:100]
+        first_lines = beginning[: beginning.rfind("\n") + 1]
+        return [first_lines or beginning, 200, 1, 0.0]
+
+
+def recorded_prompts(run_dir: Path | None) -> list[str]:
+    """What the run was asked for its last samples: openings that it drew from its text."""
+    samples = RunDirectory(run_dir).read_record().get("samples") if run_dir else None
+    prompts = []
+    if isinstance(samples, list):
+        for one in samples:
+            if isinstance(one, dict) and isinstance(one.get("prompt"), str):
+                prompts.append(one["prompt"])
+    return prompts
 
 
 # ======== The page ====================================================================================================
@@ -189,9 +256,10 @@ class Page:
 CSS = """
 .wrong span, .wrong .info { color: var(--error-text-color, #b91c1c) !important; font-weight: 600; }
 .curve svg { max-width: 100%; height: auto; }
-.sample textarea { font-family: ui-monospace, monospace; }
+.sample pre { font-family: ui-monospace, monospace; font-size: 0.9em; white-space: pre-wrap; min-height: 8em; }
+.sample mark { color: #1f2937; background: #fde68a; }
+.sample p { color: var(--block-info-text-color); }
 button.selected { color: var(--body-text-color) !important; font-weight: 600; }
-footer { display: none !important; }
 """
 
 
@@ -234,24 +302,41 @@ def add_writing(page: Page) -> None:
         with gr.Column(min_width=280, scale=2):
             line = gr.Markdown("", elem_id="line")
             samples = [add_box(i) for i in range(BOXES)]
-    gr.Examples([[text] for text in page.examples()], asked[0], label="Example prompts")
+    add_examples(page, asked)
+    gr.api(page.write_text, api_name="write", concurrency_limit=1, concurrency_id="model")
     writing = go.click(
-        page.write,
+        page.press,
         asked,
         [*samples, *asked, line],
         concurrency_limit=1,
         concurrency_id="model",
         preprocess=False,  # every value comes through: read_request says beside the field what is wrong
+        api_visibility="private",  # programs have /write
     )
-    stop.click(lambda: "Stopped.", None, line, cancels=[writing], queue=False)
+    stop.click(lambda: "Stopped.", None, line, cancels=[writing], queue=False, api_visibility="private")
+
+
+def add_examples(page: Page, asked: list) -> None:
+    prompts = [[text] for text in page.examples()]
+    if prompts:
+        gr.Examples(prompts, asked[0], label="Example prompts", api_visibility="private")
+    recital = page.recital()
+    if recital:
+        gr.Examples(
+            [recital],
+            asked[: len(recital)],
+            label="Recite: what the model knows by heart",
+            example_labels=["How the training text begins"],
+            api_visibility="private",
+        )
 
 
 def add_fields(prompt: str) -> list:
     """Where a request is typed, in the order of FIELDS."""
     added = {
         "prompt": gr.Textbox(prompt, label="Prompt", lines=4),
-        "max_new_tokens": gr.Slider(0, BOUNDS["max_new_tokens"][1], 200, step=1, label="Maximum length"),
-        "num_samples": gr.Slider(0, BOUNDS["num_samples"][1], 2, step=1, label="Samples"),
+        "max_new_tokens": gr.Slider(*PAGE_BOUNDS["max_new_tokens"], 200, step=1, label="Maximum length"),
+        "num_samples": gr.Slider(*PAGE_BOUNDS["num_samples"], 2, step=1, label="Samples"),
         "temperature": gr.Number(0.9, label="Temperature", step=0.1),
         "top_k": gr.Number(50, label="Top-k"),
         "seed": gr.Number(1337, label="Seed"),
@@ -262,19 +347,32 @@ def add_fields(prompt: str) -> list:
     return list(added.values())
 
 
-def add_box(i: int) -> gr.Textbox:
-    return gr.Textbox(
+def add_box(i: int) -> gr.HTML:
+    name = f"sample_{i + 1}"
+    copy = gr.Button("Copy", size="sm")
+    box = gr.HTML(
+        as_html([], ""),
         label=f"Sample {i + 1}",
-        lines=8,
-        max_lines=40,
+        show_label=True,
+        container=True,
+        padding=True,
         visible=i == 0,
-        interactive=False,
+        elem_id=name,
         elem_classes=["sample"],
-        buttons=["copy"],
+        buttons=[copy],
     )
+    copy.click(None, js=f"() => navigator.clipboard.writeText(document.querySelector('#{name} pre').textContent)")
+    return box
 
 
-def serve(layout: gr.Blocks, host: str, port: int) -> None:
+def names_of(host: str, allowed: Sequence[str]) -> list[str]:
+    """Names that the page answers to, beside addresses."""
+    if gr.utils.get_space():
+        return ["*"]  # a Space is reached only by way of a server that goes by its name
+    return ["localhost", host, *allowed]
+
+
+def serve(layout: gr.Blocks, host: str, port: int, names: Sequence[str]) -> None:
     """Until Ctrl-C. Raises RunError."""
     try:
         with contextlib.suppress(KeyboardInterrupt):
@@ -285,65 +383,13 @@ def serve(layout: gr.Blocks, host: str, port: int) -> None:
                 css=CSS,
                 ssr_mode=False,
                 show_error=True,
-                max_file_size="1kb",  # nothing is uploaded here
+                app_kwargs={"middleware": door(names)},
+                footer_links=[],
+                run_history=False,
+                enable_monitoring=False,
             )
     except (OSError, ValueError) as e:  # Gradio's words for a port that is taken, or an address it can't reach
         raise RunError(f"{e}: choose another --host or --port") from None
-
-
-# ======== A Hugging Face Space ========================================================================================
-
-SPACE = """---
-title: GPT-2 from scratch
-emoji: \U0001f3ad
-colorFrom: indigo
-colorTo: gray
-sdk: gradio
-sdk_version: {version}
-app_file: app.py
-pinned: false
-license: mit
----
-
-GPT-2 124M, trained from scratch on one text by `train.py`, and a page that continues prompts with it. Written by
-`python app.py --make_space`; push this folder to a Space as it is.
-"""
-
-
-def make_space(checkpoint: Path, folder: Path) -> None:
-    """All that a Space needs, in one folder. Raises RunError, UsageError or OSError."""
-    if folder.is_dir() and any(folder.iterdir()):
-        raise UsageError(f"{folder} isn't empty: name another folder")
-    load_checkpoint(checkpoint)  # whole, by its checksums
-    with whole_folder(folder) as part:
-        copy_program(part)
-        copy_run(checkpoint, part / "out")
-        (part / "README.md").write_text(SPACE.format(version=gr.__version__), encoding="utf-8")
-        (part / ".gitattributes").write_text("*.pt filter=lfs diff=lfs merge=lfs -text\n", encoding="utf-8")
-    print(f"Written: push {folder} to a Gradio Space", flush=True)
-
-
-def copy_program(folder: Path) -> None:
-    for name in ("app.py", "train.py", "LICENSE"):
-        shutil.copyfile(HERE / name, folder / name)
-    for name in ("support", "report"):
-        shutil.copytree(HERE / name, folder / name, ignore=shutil.ignore_patterns("__pycache__"))
-    lines = (HERE / "requirements.txt").read_text(encoding="utf-8").splitlines()
-    needed = [line for line in lines if "export_hf.py" not in line]
-    (folder / "requirements.txt").write_text("\n".join(needed) + "\n", encoding="utf-8")
-
-
-def copy_run(checkpoint: Path, out_dir: Path) -> None:
-    """The checkpoint, and of its run's records what the page shows."""
-    run_dir = run_around(checkpoint)
-    files = {checkpoint: out_dir / "checkpoints" / "best.pt"}
-    if run_dir:
-        for name in ("run.json", "logs/train_metrics.csv"):
-            files[run_dir / name] = out_dir / name
-    for source, target in files.items():
-        if source.is_file():
-            target.parent.mkdir(parents=True, exist_ok=True)
-            shutil.copyfile(source, target)
 
 
 # ======== Command line ================================================================================================
@@ -354,6 +400,8 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--checkpoint", type=Path, help="a best.pt or last.pt (default: of the newest run in out*/)")
     host = os.environ.get("GRADIO_SERVER_NAME", "127.0.0.1")  # a Space sets it
     parser.add_argument("--host", default=host, help="address to listen on; 0.0.0.0: all (default: 127.0.0.1)")
+    allow = "a name by which others reach this page, such as that of a proxy; may be given several times"
+    parser.add_argument("--allow_host", metavar="NAME", action="append", default=[], help=allow)
     parser.add_argument("--port", type=int, default=7860, help="(default: 7860)")
     cli.add_machine_flags(parser)
     parser.add_argument("--make_space", metavar="DIR", type=Path, help="write a Hugging Face Space instead")
@@ -369,10 +417,11 @@ def start(args: argparse.Namespace) -> int:
         raise UsageError(*problems)
     checkpoint = chosen_checkpoint("app.py", args.checkpoint)
     if args.make_space:
-        make_space(checkpoint, args.make_space)
+        make_space(checkpoint, args.make_space, gr.__version__)
         return 0
     print(f"Loading {checkpoint} ...", flush=True)
-    serve(build(Page(checkpoint, args.device, args.amp)), args.host, args.port)
+    layout = build(Page(checkpoint, args.device, args.amp))
+    serve(layout, args.host, args.port, names_of(args.host, args.allow_host))
     return 0
 
 

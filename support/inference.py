@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import codecs
 import random
+import reprlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -224,6 +225,8 @@ BOUNDS = {
     "top_p": (0.01, 1.0),
     "seed": (0, 2**63 - 1),
 }
+# Of the web page, where a request costs others their time. Over 2^53 a browser's whole numbers aren't exact.
+PAGE_BOUNDS = BOUNDS | {"num_samples": (1, 4), "max_new_tokens": (1, 1000), "seed": (0, 2**53 - 1)}
 
 
 @dataclass(frozen=True)
@@ -239,8 +242,11 @@ class Request:
     seed: int = 1337
 
     def problems(self, bounds: dict[str, tuple] = BOUNDS) -> dict[str, str]:
-        """{field: what is wrong with it, and what would be right}. The web page has narrower bounds."""
+        """{field: what is wrong with it, and what would be right}. Its values may be of any type."""
         found = {}
+        problem = prompt_problem(self.prompt)
+        if problem:
+            found["prompt"] = problem
         for name, (least, most) in bounds.items():
             problem = number_problem(getattr(self, name), least, most)
             if problem:
@@ -248,12 +254,21 @@ class Request:
         return found
 
 
+def prompt_problem(value) -> str:
+    """What is wrong with a value that should be a text that UTF-8 can hold."""
+    if not isinstance(value, str):
+        return f"{reprlib.repr(value)} isn't a text: type a prompt"
+    if any("\ud800" <= character <= "\udfff" for character in value):
+        return "half a character stands in it (a lone surrogate): type it again"
+    return ""
+
+
 def number_problem(value, least: float, most: float) -> str:
     """What is wrong with a value that should be a number between these two, and whole if they are."""
     whole = isinstance(least, int)
     if isinstance(value, bool) or not isinstance(value, int if whole else (int, float)):
         kind = "whole number" if whole else "number"
-        return f"{value!r} isn't a {kind}: use one from {least:,} to {most:,}"
+        return f"{reprlib.repr(value)} isn't a {kind}: use one from {least:,} to {most:,}"
     if not least <= value <= most:  # true of nan too
         return f"{value:,} is out of bounds: use {least:,} to {most:,}"
     return ""
@@ -274,6 +289,7 @@ class Writer:
         self.nothing = "\n" if self.tokenizer.knows("\n") else self.tokenizer.vocabulary[0]
         prompt = checkpoint["config"].get("prompt") or "\n"
         self.trained_prompt = prompt if self.tokenizer.knows(prompt) else self.nothing
+        self.trained_on = (checkpoint["config"].get("input_file") or "", checkpoint.get("corpus_sha256"))
         self.runtime = start_runtime(device, amp)
         self.model.to(self.runtime.device).eval()
         check_causality(self.model, self.runtime, min(64, self.context))

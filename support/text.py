@@ -231,6 +231,12 @@ class Reading:
     hashes: list[str] = field(default_factory=list)  # SHA-256 of each file's bytes
     notes: list[str] = field(default_factory=list)  # what was changed, for the log
 
+    def sha256(self) -> str:
+        """Of the file; of several, of their hashes."""
+        if len(self.hashes) == 1:
+            return self.hashes[0]
+        return hashlib.sha256("".join(self.hashes).encode()).hexdigest()
+
 
 def read_texts(files: Sequence[Path], reading: Reading) -> Iterator[str | None]:
     """Yields the texts in pieces, and None between two texts; a file that is empty is passed over. What is found on
@@ -366,9 +372,7 @@ def load_corpus(
     opening, characters = survey(files, reading)
     if not characters:
         raise UsageError(f"input_file {name} is empty: give a text of at least a few thousand characters")
-    sha256 = reading.hashes[0]
-    if len(files) > 1:
-        sha256 = hashlib.sha256("".join(reading.hashes).encode()).hexdigest()
+    sha256 = reading.sha256()
 
     def encoded() -> Iterator[np.ndarray]:
         return encode_pieces(cut_between_words(read_texts(files, Reading())), tokenizer, characters)
@@ -379,6 +383,22 @@ def load_corpus(
     if len(files) > 1:
         notes.insert(0, f"{len(files):,} files")
     return Corpus(name, sha256, opening, characters, tokens, tuple(notes))
+
+
+def find_text(given: str | Sequence[str], sha256: str) -> str:
+    """The text of an --input_file of earlier, if it is still there and is the same by its SHA-256; "" if it isn't, or
+    has over TEXT_KEPT characters. Fetches nothing."""
+    if not all(find_input(path).exists() for path in as_paths(given)):
+        return ""
+    reading = Reading()
+    try:
+        files = input_files(given)
+        if sum(path.stat().st_size for path in files) > 4 * TEXT_KEPT:  # bytes, of which a character has up to 4
+            return ""
+        text, characters = survey(files, reading)
+    except (OSError, UsageError):
+        return ""
+    return text if characters <= TEXT_KEPT and reading.sha256() == sha256 else ""
 
 
 def survey(files: Sequence[Path], reading: Reading) -> tuple[str, int]:
@@ -483,12 +503,20 @@ def held_out_from(tokens: np.ndarray, fraction: float, tokenizer: Tokenizer) -> 
 
 
 def draw_prompts(corpus: Corpus, prompt: str, count: int, seed: int) -> list[str]:
-    """`count` prompts: the given one ("": none), then openings of passages (what follows a blank line) drawn from the
-    corpus by seed."""
-    passages = re.split(rf"\n\s*\n|{re.escape(END_OF_TEXT)}", corpus.text)
-    passages = [passage.strip("\n") for passage in passages if passage.strip()]
-    drawn = random.Random(seed).sample(passages, min(len(passages), count))
-    prompts = ["\n".join(passage.split("\n")[:2])[:200] + "\n" for passage in drawn]
+    """`count` prompts: the given one ("": none), then openings of passages drawn from the corpus by seed."""
+    passages = passages_of(corpus.text)
+    prompts = [opening_of(one) for one in random.Random(seed).sample(passages, min(len(passages), count))]
     if prompt:
         prompts.insert(0, prompt)
     return prompts[:count]
+
+
+def passages_of(text: str) -> list[str]:
+    """What stands between blank lines, or between two texts."""
+    passages = re.split(rf"\n\s*\n|{re.escape(END_OF_TEXT)}", text)
+    return [passage.strip("\n") for passage in passages if passage.strip()]
+
+
+def opening_of(passage: str) -> str:
+    """Its first two lines, up to 200 characters."""
+    return "\n".join(passage.split("\n")[:2])[:200] + "\n"
