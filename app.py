@@ -417,7 +417,7 @@ def start(args: argparse.Namespace) -> int:
         raise UsageError(*problems)
     checkpoint = chosen_checkpoint("app.py", args.checkpoint)
     if args.make_space:
-        make_space(checkpoint, args.make_space, gr.__version__)
+        make_space(checkpoint, args.make_space)
         return 0
     print(f"Loading {checkpoint} ...", flush=True)
     layout = build(Page(checkpoint, args.device, args.amp))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.metadata
 import shutil
 from pathlib import Path
 
@@ -29,20 +30,22 @@ GPT-2 124M, trained from scratch on one text by `train.py`, and a page that cont
 """
 
 
-def make_space(checkpoint: Path, folder: Path, sdk_version: str) -> None:
-    """All that a Space needs, in one folder; `sdk_version` is Gradio's. Raises RunError, UsageError or OSError."""
+def make_space(checkpoint: Path, folder: Path) -> None:
+    """All that a Space needs, in one folder. Raises RunError, UsageError or OSError."""
     if folder.is_dir() and any(folder.iterdir()):
         raise UsageError(f"{folder} isn't empty: name another folder")
     load_checkpoint(checkpoint)  # whole, by its checksums
+    gradio = importlib.metadata.version("gradio")
     with whole_folder(folder) as part:
         copy_program(part)
         copy_run(checkpoint, part / "out")
-        (part / "README.md").write_text(SPACE.format(version=sdk_version), encoding="utf-8")
+        (part / "README.md").write_text(SPACE.format(version=gradio), encoding="utf-8")
         (part / ".gitattributes").write_text("*.pt filter=lfs diff=lfs merge=lfs -text\n", encoding="utf-8")
     print(f"Written: push {folder} to a Gradio Space", flush=True)
 
 
 def copy_program(folder: Path) -> None:
+    """What the page runs on, and the packages that this needs."""
     for name in ("app.py", "train.py", "LICENSE"):
         shutil.copyfile(ROOT / name, folder / name)
     for name in ("support", "report"):

@@ -1,10 +1,9 @@
-"""The web page: its server's rules, a real browser, and the folder of a Space."""
+"""The web page: its server's rules, and a real browser."""
 
 from __future__ import annotations
 
 import contextlib
 import os
-import re
 import shutil
 import socket
 import subprocess
@@ -363,59 +362,6 @@ def test_there_is_no_door_past_the_queue(url):
     request = urllib.request.Request(door, b'{"data": []}', {"Content-Type": "application/json"})
     with pytest.raises(urllib.error.HTTPError, match="404"):
         urllib.request.urlopen(request)
-
-
-# ---- a Space ----
-
-
-@pytest.fixture(scope="module")
-def space(checkpoint, tmp_path_factory):
-    folder = tmp_path_factory.mktemp("space") / "space"
-    assert app.main(["--checkpoint", str(checkpoint), "--make_space", str(folder)]) == 0
-    return folder
-
-
-def test_a_space_says_what_it_is_and_needs(space):
-    front = (space / "README.md").read_text(encoding="utf-8").split("---\n")[1]
-    settings = dict(re.findall(r"^(\w+): (.*)$", front, re.M))
-    assert settings["sdk"] == "gradio"
-    assert settings["sdk_version"] == app.gr.__version__
-    assert (space / settings["app_file"]).is_file()
-    needed = (space / "requirements.txt").read_text(encoding="utf-8")
-    assert "torch" in needed
-    assert "export_hf" not in needed
-
-
-def test_the_page_starts_from_a_space_alone(space):
-    """In an interpreter of its own that sees this folder and the installed packages, and nothing else of ours."""
-    code = (
-        "import app, pathlib; p = app.Page(app.chosen_checkpoint('app.py', None)); app.build(p)\n"
-        "print(p.status(), p.training()[0], 'svg' in p.training()[1])\n"
-        "import train; print(pathlib.Path(train.__file__).parent)"
-    )
-    done = subprocess.run([sys.executable, "-c", code], cwd=space, capture_output=True, text=True)
-    assert "step 4" in done.stdout, done.stderr
-    assert "steps done" in done.stdout
-    assert "True" in done.stdout
-    assert done.stdout.splitlines()[-1] == str(space.resolve())
-
-
-def test_a_space_is_written_into_an_empty_folder_alone(space, checkpoint, capsys):
-    assert app.main(["--checkpoint", str(checkpoint), "--make_space", str(space)]) == 2
-    assert "isn't empty" in capsys.readouterr().err
-
-
-def test_a_space_that_cannot_be_written_leaves_nothing(checkpoint, tmp_path, monkeypatch, capsys):
-    def full(*_):
-        raise OSError(28, "No space left on device", "best.pt")
-
-    folder = tmp_path / "space"
-    assert app.main(["--checkpoint", "nowhere.pt", "--make_space", str(folder)]) == 2
-    monkeypatch.setattr(app, "copy_run", full)
-    capsys.readouterr()
-    assert app.main(["--checkpoint", str(checkpoint), "--make_space", str(folder)]) == 1
-    assert capsys.readouterr().err == "app.py: No space left on device (best.pt)\n"
-    assert not list(tmp_path.iterdir())
 
 
 # ---- the command line ----
