@@ -67,7 +67,7 @@ def comparison(run: Run) -> bytes:
         axes = figure.add_axes((0.11, 0.12, 0.75, 0.81), facecolor=PAPER)
         axes.set_yscale("log")
         key = draw_earlier(axes, run) + draw_own(axes, run)
-        finish_losses(axes, run, key, letter=0.0125)
+        finish_losses(axes, run, key, letter=0.013)
         axes.set_xlim(left=0)
         axes.xaxis.set_major_formatter(lambda tokens, _: f"{tokens / 1e6:g}")
         axes.set_xlabel("tokens, millions", color=INK)
