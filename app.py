@@ -32,7 +32,7 @@ from report.markdown import code, plain
 from report.run import ReadmeError, read_run
 from support import cli
 from support.cli import RunError, UsageError
-from support.door import door, while_read
+from support.door import door, is_read
 from support.inference import PAGE_BOUNDS, Request, Writer
 from support.machine import machine_problems
 from support.rundir import RunDirectory, chosen_checkpoint, run_around
@@ -135,8 +135,9 @@ class Page:
         return f"{code(self.writer.path)}: {model}; on {runtime.describe_device()}, {runtime.describe_precision()}"
 
     def press(self, client: gr.Request, *values) -> Iterator[list]:
-        """What the button Generate does: write, for as long as somebody reads it."""
-        yield from while_read(self.write(*values), client)
+        """What the button Generate does."""
+        if is_read(client):
+            yield from self.write(*values)
 
     def write(self, *values) -> Iterator[list]:
         """Updates of the texts, the fields and the line below, as the text grows."""
@@ -169,8 +170,9 @@ class Page:
         if problems:
             sentences = [f"{name}: {problem}" for name, problem in problems.items()]
             raise gr.Error("\n".join(sentences), print_exception=False)
-        for texts, _ in while_read(self.grow(request), client):
-            yield texts[0]
+        if is_read(client):
+            for texts, _ in self.grow(request):
+                yield texts[0]
 
     def check(self, values: dict) -> tuple[Request, dict[str, str], str]:
         """(the request, {field: what to put right}, what to say of its length)."""

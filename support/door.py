@@ -6,15 +6,15 @@ import fnmatch
 import ipaddress
 import re
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 
-from starlette.datastructures import Headers
 from starlette.exceptions import HTTPException
 from starlette.middleware import Middleware
+from starlette.requests import Request
 from starlette.responses import JSONResponse
 
 MOST_BYTES = 1 << 20  # of a request's body; the longest prompt takes a quarter of it
-PATIENCE = 5.0  # seconds in which a client has to take what was sent to it
+PATIENCE = 5.0  # seconds from a client's question until it comes to read the answer
 
 
 def door(hosts: Sequence[str]) -> list[Middleware]:
@@ -28,22 +28,35 @@ class Door:
     def __init__(self, app, hosts: Sequence[str]):
         self.app = app
         self.hosts = [host_name(host) for host in hosts]
+        self.read: list[str] = []  # sessions whose answers are being read; one may stand here twice
 
     async def __call__(self, scope, receive, send) -> None:
         if scope["type"] != "http":
             await self.app(scope, receive, send)
             return
-        headers = Headers(scope=scope)
-        host = host_name(headers.get("host", ""))
+        request = Request(scope)
+        refusal = self.refusal(request)
+        if refusal:
+            await refusal(scope, receive, send)
+            return
+        request.state.came = time.monotonic()
+        request.state.read = self.read
+        session = session_read(request)
+        self.read.append(session)
+        try:
+            await self.app(scope, bounded(receive), send)
+        finally:
+            self.read.remove(session)
+
+    def refusal(self, request: Request) -> JSONResponse | None:
+        """The answer to a request that may not come in."""
+        host = host_name(request.headers.get("host", ""))
         if not self.answers_to(host):
             remedy = f"start app.py with --allow_host {host} if it should"
-            refusal = JSONResponse({"detail": f"This page doesn't answer to the name {host!r}: {remedy}."}, 400)
-        elif writes_files(scope["path"], headers):
-            refusal = JSONResponse({"detail": "Nothing is uploaded here: send texts and numbers."}, 403)
-        else:
-            await self.app(scope, bounded(receive), send)
-            return
-        await refusal(scope, receive, send)
+            return JSONResponse({"detail": f"This page doesn't answer to the name {host!r}: {remedy}."}, 400)
+        if writes_files(request):
+            return JSONResponse({"detail": "Nothing is uploaded here: send texts and numbers."}, 403)
+        return None
 
     def answers_to(self, host: str) -> bool:
         """A page of somebody else can have its own name lead to this machine, and would then be let read the answers
@@ -65,10 +78,10 @@ def is_address(host: str) -> bool:
     return True
 
 
-def writes_files(path: str, headers: Headers) -> bool:
+def writes_files(request: Request) -> bool:
     """Would Gradio keep a file for this request? It does for uploads, and for a link to the page as it is now."""
-    uploads = headers.get("content-type", "").strip().lower().startswith("multipart/")
-    return uploads or path.rstrip("/").endswith(("/upload", "/deep_link"))
+    kind = request.headers.get("content-type", "").strip().lower()
+    return kind.startswith("multipart/") or request.url.path.rstrip("/").endswith(("/upload", "/deep_link"))
 
 
 def bounded(receive):
@@ -89,34 +102,22 @@ def bounded(receive):
 # ---- clients that read ----
 
 
-def while_read(updates: Iterator, request) -> Iterator:
-    """Yields the updates as long as the client of this gradio.Request takes them.
+def session_read(request: Request) -> str:
+    """Whose answers a request comes to read, "" for none: .../queue/data?session_hash=SESSION or .../call/NAME/SESSION.
+    These are the addresses by which Gradio's clients ask; what its queue knows of them, it keeps to itself."""
+    path = request.url.path
+    if path.endswith("/queue/data"):
+        return request.query_params.get("session_hash", "")
+    return path.rpartition("/")[2] if request.method == "GET" and "/call/" in path else ""
 
-    Gradio notices a client that goes away, but not one that never came to read: such ones would fill the queue, and
-    the model would write for nobody. The patience begins when the request is queued, so that many of them together
-    cost no more time than one."""
-    queue = request.request.app.get_blocks()._queue
-    session = request.session_hash
-    taken = queued_at(queue, session)
-    while not has_taken_all(queue, session):
-        if time.monotonic() - taken > PATIENCE:
-            return
+
+def is_read(client) -> bool:
+    """Waits until somebody reads what this gradio.Request is answered. False if nobody comes.
+
+    Gradio stops for a client that goes away, but not for one that never came to read: a few of those would fill the
+    queue, and the model would write for nobody. They all wait from when they asked, so many take no longer than one."""
+    while client.session_hash not in client.state.read:
+        if time.monotonic() - client.state.came > PATIENCE:
+            return False
         time.sleep(0.05)
-    for update in updates:
-        now = time.monotonic()
-        if has_taken_all(queue, session):
-            taken = now
-        elif now - taken > PATIENCE:
-            return
-        yield update
-
-
-def queued_at(queue, session: str) -> float:
-    """When the session's oldest request was queued."""
-    times = [event.enqueue_time for event in list(queue.event_ids_to_events.values()) if event.session_hash == session]
-    return min(times, default=time.monotonic())
-
-
-def has_taken_all(queue, session: str) -> bool:
-    messages = queue.pending_messages_per_session.get(session)
-    return messages is not None and messages.empty()
+    return True
