@@ -4,9 +4,9 @@
     python app.py --checkpoint out_demo/checkpoints/best.pt
     python app.py --make_space space                         # a folder to push as a Hugging Face Space
 
-Text streams in token by token. What stands word for word in the training text is marked, where that text is found. One
-request is computed at a time, others wait in a queue. What a request may ask for is limited on the server, not only in
-the page. Nothing is fetched from other hosts and nothing is sent to any. A program asks by gradio_client:
+Text streams in token by token. What stands word for word in the training text is marked, if that text is still there.
+One request is computed at a time, others wait in a queue. What a request may ask for is limited on the server, not only
+in the page. Nothing is fetched from other hosts and nothing is sent to any. A program asks by gradio_client:
 
     text = Client("http://127.0.0.1:7860").predict(prompt="TILDA:", temperature=0.5, api_name="/write")
 
@@ -19,7 +19,6 @@ import argparse
 import contextlib
 import html
 import os
-import random
 import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -37,11 +36,10 @@ from support.inference import PAGE_BOUNDS, Request, Writer
 from support.machine import machine_problems
 from support.rundir import RunDirectory, chosen_checkpoint, run_around
 from support.space import make_space
-from support.text import find_text, opening_of, passages_of
+from support.text import draw_prompts, find_text
 from support.verbatim import LEAST, Verbatim, pieces
 from train import ARCHITECTURES
 
-FIELDS = ("prompt", "max_new_tokens", "num_samples", "temperature", "top_k", "seed")
 BOXES = PAGE_BOUNDS["num_samples"][1]
 PROMPT_CHARACTERS = 20_000
 QUEUE = 20  # requests that may wait
@@ -53,29 +51,19 @@ INFO = {
     "top_k": "Draw from the k likeliest tokens (0: from all).",
     "seed": "The same seed gives the same text.",
 }
+FIELDS = tuple(INFO)
 
 
 # ======== What the page does ==========================================================================================
 
 
-def read_request(values: dict) -> tuple[Request, dict[str, str]]:
-    """(the request, {field: what to put right}). Whoever asks may send anything."""
-    request = Request(**{name: as_number(value) for name, value in values.items()})
-    problems = request.problems(PAGE_BOUNDS)
-    for name in values.keys() & PAGE_BOUNDS.keys():
-        if values[name] in (None, ""):
-            least, most = PAGE_BOUNDS[name]
-            problems[name] = f"this is empty: enter a number from {least:,} to {most:,}"
-    if "prompt" not in problems and len(request.prompt) > PROMPT_CHARACTERS:
-        problems["prompt"] = f"{len(request.prompt):,} characters are too many: at most {PROMPT_CHARACTERS:,}"
-    return request, problems
-
-
-def as_number(value):
-    """A browser's numbers may all be floats."""
-    if isinstance(value, float) and value.is_integer():
-        return int(value)
-    return value
+def read_request(**values) -> Request:
+    """Whoever asks may send anything, and a browser's whole numbers may be floats."""
+    read = {}
+    for name, value in values.items():
+        whole = isinstance(value, float) and value.is_integer()
+        read[name] = int(value) if whole else value
+    return Request(**read)
 
 
 def fields(problems: dict[str, str]) -> list[dict]:
@@ -95,16 +83,6 @@ def boxes(shown: Sequence[str]) -> list[dict]:
     while len(updates) < BOXES:
         updates.append(gr.update(visible=False, value=""))
     return updates
-
-
-def as_html(marked: Sequence[tuple[str, bool]], note: str) -> str:
-    """A text in pieces, of which some are marked, and a note below it."""
-    parts = []
-    for piece, is_marked in marked:
-        escaped = html.escape(piece)
-        parts.append(f"<mark>{escaped}</mark>" if is_marked else escaped)
-    # HTML drops a line break at the beginning of <pre>: this one
-    return f"<pre>\n{''.join(parts)}</pre><p>{note}</p>"
 
 
 class Page:
@@ -134,19 +112,14 @@ class Page:
         runtime = self.writer.runtime
         return f"{code(self.writer.path)}: {model}; on {runtime.describe_device()}, {runtime.describe_precision()}"
 
-    def press(self, client: gr.Request, *values) -> Iterator[list]:
-        """What the button Generate does."""
-        if is_read(client):
-            yield from self.write(*values)
-
-    def write(self, *values) -> Iterator[list]:
-        """Updates of the texts, the fields and the line below, as the text grows."""
-        request, problems, note = self.check(dict(zip(FIELDS, values, strict=True)))
+    def write(self, client: gr.Request, *values) -> Iterator[list]:
+        """What the button Generate does: updates of the texts, the fields and the line above, as the text grows."""
+        request = read_request(**dict(zip(FIELDS, values, strict=True)))
+        problems = self.problems(request)
         if problems:
             yield [*boxes([""]), *fields(problems), "Please put right what is marked."]
-        elif not self.writer:
-            yield [*boxes([""]), *fields({}), self.status()]
-        else:
+        elif is_read(client):
+            note = self.about_length(request.prompt)
             for texts, line in self.grow(request):
                 shown = [self.show(text, len(request.prompt)) for text in texts]
                 yield [*boxes(shown), *fields({}), line + note]
@@ -163,10 +136,9 @@ class Page:
         """For programs: the prompt and what the model writes after it, as plain text, which streams in. temperature 0
         takes the likeliest token each time, top_k 0 draws from all tokens, the same seed gives the same text. What the
         page would refuse raises an error that says what to put right."""
-        values = {"prompt": prompt, "max_new_tokens": max_new_tokens, "temperature": temperature}
-        request, problems, _ = self.check(values | {"top_k": top_k, "seed": seed})
-        if not problems and not self.writer:
-            problems["checkpoint"] = self.trouble
+        numbers = {"max_new_tokens": max_new_tokens, "temperature": temperature, "top_k": top_k, "seed": seed}
+        request = read_request(prompt=prompt, **numbers)
+        problems = self.problems(request)
         if problems:
             sentences = [f"{name}: {problem}" for name, problem in problems.items()]
             raise gr.Error("\n".join(sentences), print_exception=False)
@@ -174,18 +146,26 @@ class Page:
             for texts, _ in self.grow(request):
                 yield texts[0]
 
-    def check(self, values: dict) -> tuple[Request, dict[str, str], str]:
-        """(the request, {field: what to put right}, what to say of its length)."""
-        request, problems = read_request(values)
-        if problems or not self.writer:
-            return request, problems, ""
+    def problems(self, request: Request) -> dict[str, str]:
+        """{field: what to put right}."""
+        found = request.problems(PAGE_BOUNDS)
+        if "prompt" in found:
+            return found
+        if len(request.prompt) > PROMPT_CHARACTERS:
+            found["prompt"] = f"{len(request.prompt):,} characters are too many: at most {PROMPT_CHARACTERS:,}"
+            return found
         try:
-            _, cut = self.writer.encode(request.prompt)
+            self.writer.encode(request.prompt)
         except UsageError as e:  # a character that a model of characters doesn't know
-            return request, {"prompt": str(e)}, ""
+            found["prompt"] = str(e)
+        return found
+
+    def about_length(self, prompt: str) -> str:
+        """What to say of a prompt that is longer than the context."""
+        _, cut = self.writer.encode(prompt)
         if not cut:
-            return request, {}, ""
-        return request, {}, f" The prompt is longer than the context: its last {self.writer.context:,} tokens are read."
+            return ""
+        return f" The prompt is longer than the context: its last {self.writer.context:,} tokens are read."
 
     def grow(self, request: Request) -> Iterator[tuple[list[str], str]]:
         """(the texts so far, how far they are), ten times a second and at the end."""
@@ -201,15 +181,19 @@ class Page:
                 yield texts, f"{count:,} of {request.max_new_tokens:,} tokens, {rate:.0f} tok/s."
 
     def show(self, text: str, begin: int) -> str:
-        """A text as HTML. What was written after the first `begin` characters and stands in the training text is
+        """A text as HTML. What was written after its first `begin` characters and stands in the training text is
         marked."""
         covered = self.verbatim.covers(text)
         covered[:begin] = False
+        shown = ""
+        for piece, is_known in pieces(text, covered):
+            escaped = html.escape(piece)
+            shown += f"<mark>{escaped}</mark>" if is_known else escaped
         note = ""
         if self.text:
             share = f"{covered.sum():,} of {len(text) - begin:,} new characters"
             note = f"{share} stand in the training text word for word, in pieces of {LEAST} or more."
-        return as_html(pieces(text, covered), note)
+        return f"<pre>\n{shown}</pre><p>{note}</p>"  # HTML drops a line break at the beginning of <pre>: this one
 
     def training(self) -> tuple[str, str]:
         """(the run's summary as Markdown, its curve as SVG), from the records beside the checkpoint."""
@@ -224,33 +208,26 @@ class Page:
         return text, svg[svg.find("<svg") :]  # without the lines that an SVG in a file begins with
 
     def examples(self) -> list[str]:
-        """Prompts that suit the model: the run's own first, then openings of passages of its text."""
-        if not self.writer:
-            return []
-        passages = passages_of(self.text)
-        drawn = [opening_of(one) for one in random.Random(0).sample(passages, min(len(passages), 3))]
-        found = [self.writer.trained_prompt, *(drawn or recorded_prompts(self.run_dir))]
+        """Prompts that suit the model: what the run was asked, and openings of passages of its text."""
+        found = draw_prompts(self.text, self.writer.trained_prompt, 4, seed=0)
+        if self.run_dir:
+            found += sampled_prompts(RunDirectory(self.run_dir).read_record())
         return [text for text in dict.fromkeys(found) if self.writer.tokenizer.knows(text)]
 
     def recital(self) -> list:
-        """How to ask for what the model knows by heart, in the first fields: the likeliest tokens after the beginning
-        of its text. [] where that isn't there."""
-        if not self.text:
-            return []
+        """How to ask for what the model knows by heart, in the first fields: the likeliest tokens after the first
+        lines of its text."""
         beginning = self.text[:100]
-        first_lines = beginning[: beginning.rfind("\n") + 1]
-        return [first_lines or beginning, 200, 1, 0.0]
+        lines = beginning[: beginning.rfind("\n") + 1]
+        return [lines or beginning, 200, 1, 0.0]
 
 
-def recorded_prompts(run_dir: Path | None) -> list[str]:
-    """What the run was asked for its last samples: openings that it drew from its text."""
-    samples = RunDirectory(run_dir).read_record().get("samples") if run_dir else None
-    prompts = []
-    if isinstance(samples, list):
-        for one in samples:
-            if isinstance(one, dict) and isinstance(one.get("prompt"), str):
-                prompts.append(one["prompt"])
-    return prompts
+def sampled_prompts(record: dict) -> list[str]:
+    """What a run was asked for its last samples."""
+    try:
+        return [str(sample["prompt"]) for sample in record["samples"]]
+    except (KeyError, TypeError):  # a record may lack it, or hold anything
+        return []
 
 
 # ======== The page ====================================================================================================
@@ -258,7 +235,7 @@ def recorded_prompts(run_dir: Path | None) -> list[str]:
 CSS = """
 .wrong span, .wrong .info { color: var(--error-text-color, #b91c1c) !important; font-weight: 600; }
 .curve svg { max-width: 100%; height: auto; }
-.sample pre { font-family: ui-monospace, monospace; font-size: 0.9em; white-space: pre-wrap; min-height: 8em; }
+.sample pre { font-family: ui-monospace, monospace; font-size: 0.9em; white-space: pre-wrap; }
 .sample mark { color: #1f2937; background: #fde68a; }
 .sample p { color: var(--block-info-text-color); }
 button.selected { color: var(--body-text-color) !important; font-weight: 600; }
@@ -284,8 +261,9 @@ def build(page: Page) -> gr.Blocks:
     with gr.Blocks(title="GPT-2 from scratch", analytics_enabled=False) as layout:
         gr.Markdown("# GPT-2, trained from scratch")
         gr.Markdown(page.status(), elem_id="status")
-        with gr.Tab("Write"):
-            add_writing(page)
+        if page.writer:
+            with gr.Tab("Write"):
+                add_writing(page)
         with gr.Tab("Training"):
             summary, curve = page.training()
             gr.Markdown(summary, elem_id="summary")
@@ -297,7 +275,7 @@ def add_writing(page: Page) -> None:
     """The tab in which the model writes."""
     with gr.Row():
         with gr.Column(min_width=280):
-            asked = add_fields(page.examples()[0] if page.writer else "")
+            asked = add_fields(page.examples()[0])
             with gr.Row():
                 go = gr.Button("Generate", variant="primary", elem_id="generate")
                 stop = gr.Button("Stop", elem_id="stop")
@@ -307,7 +285,7 @@ def add_writing(page: Page) -> None:
     add_examples(page, asked)
     gr.api(page.write_text, api_name="write", concurrency_limit=1, concurrency_id="model")
     writing = go.click(
-        page.press,
+        page.write,
         asked,
         [*samples, *asked, line],
         concurrency_limit=1,
@@ -319,18 +297,11 @@ def add_writing(page: Page) -> None:
 
 
 def add_examples(page: Page, asked: list) -> None:
-    prompts = [[text] for text in page.examples()]
-    if prompts:
-        gr.Examples(prompts, asked[0], label="Example prompts", api_visibility="private")
-    recital = page.recital()
-    if recital:
-        gr.Examples(
-            [recital],
-            asked[: len(recital)],
-            label="Recite: what the model knows by heart",
-            example_labels=["How the training text begins"],
-            api_visibility="private",
-        )
+    hidden = {"api_visibility": "private"}
+    gr.Examples([[text] for text in page.examples()], asked[0], label="Example prompts", **hidden)
+    if page.text:
+        begin = ["How its text begins"]
+        gr.Examples([page.recital()], asked[:4], label="What it knows by heart", example_labels=begin, **hidden)
 
 
 def add_fields(prompt: str) -> list:
@@ -352,26 +323,18 @@ def add_fields(prompt: str) -> list:
 def add_box(i: int) -> gr.HTML:
     name = f"sample_{i + 1}"
     copy = gr.Button("Copy", size="sm")
-    box = gr.HTML(
-        as_html([], ""),
+    copy.click(None, js=f"() => navigator.clipboard?.writeText(document.querySelector('#{name} pre').textContent)")
+    return gr.HTML(
         label=f"Sample {i + 1}",
         show_label=True,
         container=True,
         padding=True,
+        min_height=200,
         visible=i == 0,
         elem_id=name,
         elem_classes=["sample"],
         buttons=[copy],
     )
-    copy.click(None, js=f"() => navigator.clipboard.writeText(document.querySelector('#{name} pre').textContent)")
-    return box
-
-
-def names_of(host: str, allowed: Sequence[str]) -> list[str]:
-    """Names that the page answers to, beside addresses."""
-    if gr.utils.get_space():
-        return ["*"]  # a Space is reached only by way of a server that goes by its name
-    return ["localhost", host, *allowed]
 
 
 def serve(layout: gr.Blocks, host: str, port: int, names: Sequence[str]) -> None:
@@ -423,7 +386,10 @@ def start(args: argparse.Namespace) -> int:
         return 0
     print(f"Loading {checkpoint} ...", flush=True)
     layout = build(Page(checkpoint, args.device, args.amp))
-    serve(layout, args.host, args.port, names_of(args.host, args.allow_host))
+    names = ["localhost", args.host, *args.allow_host]
+    if "SPACE_ID" in os.environ:
+        names = ["*"]  # a Space is reached only by way of a server that goes by its name
+    serve(layout, args.host, args.port, names)
     return 0
 
 

@@ -852,7 +852,7 @@ class Trainer:
         prompt = self.given.prompt or "\n"
         if prompt == TrainConfig.prompt and not self.tokenizer.knows(prompt):
             prompt = ""  # nobody asked for it
-        return text.draw_prompts(self.corpus, prompt, self.given.num_prompts, self.given.seed)
+        return text.draw_prompts(self.corpus.text, prompt, self.given.num_prompts, self.given.seed)
 
     def sample(self, poll: Callable[[], None]) -> list[tuple[str, str]]:
         """(prompt, continuation) of each prompt, from a random generator of its own."""

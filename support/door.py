@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import fnmatch
 import ipaddress
+import json
 import re
 import time
 from collections.abc import Sequence
 
-from starlette.exceptions import HTTPException
 from starlette.middleware import Middleware
 from starlette.requests import Request
 from starlette.responses import JSONResponse
@@ -35,7 +35,10 @@ class Door:
             await self.app(scope, receive, send)
             return
         request = Request(scope)
-        refusal = self.refusal(request)
+        refusal = self.refuse_name(request)
+        if not refusal:
+            body = await read_body(receive)
+            refusal = refuse_body(request, body)
         if refusal:
             await refusal(scope, receive, send)
             return
@@ -44,19 +47,17 @@ class Door:
         session = session_read(request)
         self.read.append(session)
         try:
-            await self.app(scope, bounded(receive), send)
+            await self.app(scope, read_again(body, receive), send)
         finally:
             self.read.remove(session)
 
-    def refusal(self, request: Request) -> JSONResponse | None:
-        """The answer to a request that may not come in."""
+    def refuse_name(self, request: Request) -> JSONResponse | None:
+        """The answer to a request that was sent to somebody else's name."""
         host = host_name(request.headers.get("host", ""))
-        if not self.answers_to(host):
-            remedy = f"start app.py with --allow_host {host} if it should"
-            return JSONResponse({"detail": f"This page doesn't answer to the name {host!r}: {remedy}."}, 400)
-        if writes_files(request):
-            return JSONResponse({"detail": "Nothing is uploaded here: send texts and numbers."}, 403)
-        return None
+        if self.answers_to(host):
+            return None
+        remedy = f"start app.py with --allow_host {host} if it should"
+        return refused(400, f"This page doesn't answer to the name {host!r}: {remedy}.")
 
     def answers_to(self, host: str) -> bool:
         """A page of somebody else can have its own name lead to this machine, and would then be let read the answers
@@ -78,25 +79,58 @@ def is_address(host: str) -> bool:
     return True
 
 
+# ---- what a request brings ----
+
+
+async def read_body(receive) -> bytes:
+    """All of it; of a long one, a little over MOST_BYTES."""
+    body = b""
+    goes_on = True
+    while goes_on and len(body) <= MOST_BYTES:
+        message = await receive()
+        body += message.get("body", b"")
+        goes_on = message.get("more_body", False)
+    return body
+
+
+def read_again(body: bytes, receive):
+    """An ASGI `receive` that gives a body which was read before, and then what comes after it."""
+    messages = [{"type": "http.request", "body": body}]
+
+    async def receive_again():
+        return messages.pop() if messages else await receive()
+
+    return receive_again
+
+
+def refuse_body(request: Request, body: bytes) -> JSONResponse | None:
+    """The answer to a request that brings too much, or files."""
+    if len(body) > MOST_BYTES:
+        return refused(413, f"A request may have {MOST_BYTES:,} bytes at most: send a shorter prompt.")
+    if writes_files(request) or names_files(body):
+        return refused(403, "Nothing is uploaded here: send texts and numbers.")
+    return None
+
+
+def refused(status: int, sentence: str) -> JSONResponse:
+    return JSONResponse({"detail": sentence}, status)
+
+
 def writes_files(request: Request) -> bool:
     """Would Gradio keep a file for this request? It does for uploads, and for a link to the page as it is now."""
     kind = request.headers.get("content-type", "").strip().lower()
     return kind.startswith("multipart/") or request.url.path.rstrip("/").endswith(("/upload", "/deep_link"))
 
 
-def bounded(receive):
-    """The same, up to MOST_BYTES. Raises HTTPException for more, which FastAPI turns into its answer."""
-    size = 0
-
-    async def receive_bounded():
-        nonlocal size
-        message = await receive()
-        size += len(message.get("body", b""))
-        if size > MOST_BYTES:
-            raise HTTPException(413, f"A request may have {MOST_BYTES:,} bytes at most: send a shorter prompt.")
-        return message
-
-    return receive_bounded
+def names_files(body: bytes) -> bool:
+    """Does it hold what Gradio takes for a file? That would be fetched from whatever address it gives, and be kept."""
+    try:
+        text = json.dumps(json.loads(body))  # JSON may spell a character in many ways: here in one
+    except RecursionError:
+        return True
+    except ValueError:  # no JSON: nothing is read from it
+        return False
+    return '"gradio.FileData"' in text
 
 
 # ---- clients that read ----

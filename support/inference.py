@@ -270,6 +270,8 @@ def prompt_problem(value) -> str:
 def number_problem(value, least: float, most: float) -> str:
     """What is wrong with a value that should be a number between these two, and whole if they are."""
     whole = isinstance(least, int)
+    if value is None or value == "":
+        return f"this is empty: enter a number from {least:,} to {most:,}"
     if isinstance(value, bool) or not isinstance(value, int if whole else (int, float)):
         kind = "whole number" if whole else "number"
         return f"{reprlib.repr(value)} isn't a {kind}: use one from {least:,} to {most:,}"

@@ -388,15 +388,15 @@ def load_corpus(
 def find_text(given: str | Sequence[str], sha256: str) -> str:
     """The text of an --input_file of earlier, if it is still there and is the same by its SHA-256; "" if it isn't, or
     has over TEXT_KEPT characters. Fetches nothing."""
-    if not all(find_input(path).exists() for path in as_paths(given)):
-        return ""
     reading = Reading()
     try:
+        if not all(find_input(path).exists() for path in as_paths(given)):
+            return ""
         files = input_files(given)
         if sum(path.stat().st_size for path in files) > 4 * TEXT_KEPT:  # bytes, of which a character has up to 4
             return ""
         text, characters = survey(files, reading)
-    except (OSError, UsageError):
+    except (OSError, UsageError, TypeError):  # a checkpoint may name anything
         return ""
     return text if characters <= TEXT_KEPT and reading.sha256() == sha256 else ""
 
@@ -502,21 +502,13 @@ def held_out_from(tokens: np.ndarray, fraction: float, tokenizer: Tokenizer) -> 
     return start
 
 
-def draw_prompts(corpus: Corpus, prompt: str, count: int, seed: int) -> list[str]:
-    """`count` prompts: the given one ("": none), then openings of passages drawn from the corpus by seed."""
-    passages = passages_of(corpus.text)
-    prompts = [opening_of(one) for one in random.Random(seed).sample(passages, min(len(passages), count))]
+def draw_prompts(text: str, prompt: str, count: int, seed: int) -> list[str]:
+    """`count` prompts: the given one ("": none), then openings of passages (what follows a blank line) drawn from the
+    text by seed."""
+    passages = re.split(rf"\n\s*\n|{re.escape(END_OF_TEXT)}", text)
+    passages = [passage.strip("\n") for passage in passages if passage.strip()]
+    drawn = random.Random(seed).sample(passages, min(len(passages), count))
+    prompts = ["\n".join(passage.split("\n")[:2])[:200] + "\n" for passage in drawn]
     if prompt:
         prompts.insert(0, prompt)
     return prompts[:count]
-
-
-def passages_of(text: str) -> list[str]:
-    """What stands between blank lines, or between two texts."""
-    passages = re.split(rf"\n\s*\n|{re.escape(END_OF_TEXT)}", text)
-    return [passage.strip("\n") for passage in passages if passage.strip()]
-
-
-def opening_of(passage: str) -> str:
-    """Its first two lines, up to 200 characters."""
-    return "\n".join(passage.split("\n")[:2])[:200] + "\n"
