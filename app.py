@@ -234,8 +234,9 @@ def sampled_prompts(record: dict) -> list[str]:
 
 CSS = """
 .wrong span, .wrong .info { color: var(--error-text-color, #b91c1c) !important; font-weight: 600; }
+#status code { white-space: normal; overflow-wrap: anywhere; }
 .curve svg { max-width: 100%; height: auto; }
-.sample pre { font-family: ui-monospace, monospace; font-size: 0.9em; white-space: pre-wrap; }
+.sample pre { margin-top: 1em; font-family: ui-monospace, monospace; font-size: 0.9em; white-space: pre-wrap; }
 .sample mark { color: #1f2937; background: #fde68a; }
 .sample p { color: var(--block-info-text-color); }
 button.selected { color: var(--body-text-color) !important; font-weight: 600; }
@@ -300,8 +301,8 @@ def add_examples(page: Page, asked: list) -> None:
     hidden = {"api_visibility": "private"}
     gr.Examples([[text] for text in page.examples()], asked[0], label="Example prompts", **hidden)
     if page.text:
-        begin = ["How its text begins"]
-        gr.Examples([page.recital()], asked[:4], label="What it knows by heart", example_labels=begin, **hidden)
+        begin = ["How the training text begins"]
+        gr.Examples([page.recital()], asked[:4], label="Recite: what it knows by heart", example_labels=begin, **hidden)
 
 
 def add_fields(prompt: str) -> list:
