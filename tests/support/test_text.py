@@ -411,8 +411,8 @@ def test_the_text_of_a_run_is_found_again_until_it_changes(two_texts, tokenizer,
 
 def test_a_text_that_is_gone_or_too_long_or_no_text_is_not_found(two_texts, tokenizer, monkeypatch):
     sha256 = load_corpus(two_texts, tokenizer).sha256
-    for given in ("", "nowhere.txt", [two_texts, "nowhere.txt"], os.devnull, 5, None, [None]):
-        assert text.find_text(given, sha256) == ""
+    for odd in ("", "nowhere.txt", [two_texts, "nowhere.txt"], os.devnull, 5, None, [None]):
+        assert text.find_text(odd, sha256) == ""
     monkeypatch.setattr(text, "TEXT_KEPT", 20)
     assert text.find_text(two_texts, sha256) == ""
 
