@@ -55,9 +55,12 @@ def run_program(name: str, body: Callable[[], int], when_memory_is_full: str) ->
     except RunError as e:
         say(name, str(e))
     except (RuntimeError, MemoryError) as e:
-        if not is_out_of_memory(e):
+        if "can't start new thread" in str(e):
+            say(name, "no more threads can be started here: stop other programs, or raise the limit (ulimit -u)")
+        elif is_out_of_memory(e):
+            say(name, f"the memory is full: {when_memory_is_full}")
+        else:
             raise
-        say(name, f"the memory is full: {when_memory_is_full}")
     except OSError as e:
         say(name, f"{e.strerror or e} ({e.filename or 'no file named'})")
     except KeyboardInterrupt:

@@ -113,6 +113,20 @@ def test_one_thread_writes_all_checkpoints_from_the_start_of_the_run_to_its_end(
     assert not thread.is_alive()
 
 
+def test_where_no_thread_can_be_started_one_sentence_says_so_before_the_first_step(tmp_path, monkeypatch, capsys):
+    real = threading.Thread.start
+
+    def start(thread):
+        if thread.name == "checkpoint writer":
+            raise RuntimeError("can't start new thread")
+        real(thread)
+
+    monkeypatch.setattr(threading.Thread, "start", start)
+    assert train.main(tiny_flags(tmp_path / "out", tokenizer="char")) == 1
+    assert "no more threads can be started here" in capsys.readouterr().err
+    assert not (tmp_path / "out" / "logs" / "train_metrics.csv").exists()
+
+
 def test_a_snapshot_is_of_its_moment(writer, monkeypatch):
     """What changes after save() returned doesn't reach the file; tied weights are written once."""
     go_on = threading.Event()
