@@ -6,6 +6,7 @@ import argparse
 import contextlib
 import dataclasses
 import difflib
+import errno
 import math
 import re
 import signal
@@ -18,6 +19,7 @@ from dataclasses import dataclass, field
 STOP_SIGNALS = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGBREAK") if hasattr(signal, name)]
 DEVICES = ("auto", "cpu", "cuda", "mps")
 PRECISIONS = ("auto", "fp16", "bf16", "off")
+DISK_FULL = (errno.ENOSPC, errno.EDQUOT)
 
 
 # ---- errors ----
@@ -62,7 +64,8 @@ def run_program(name: str, body: Callable[[], int], when_memory_is_full: str) ->
         else:
             raise
     except OSError as e:
-        say(name, f"{e.strerror or e} ({e.filename or 'no file named'})")
+        remedy = ": make room, then try again" if e.errno in DISK_FULL else ""
+        say(name, f"{e.strerror or e} ({e.filename or 'no file named'}){remedy}")
     except KeyboardInterrupt:
         say(name, "interrupted")
         return 128 + signal.SIGINT

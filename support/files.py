@@ -56,12 +56,23 @@ def drop_from_cache(handle: int) -> None:
 
 
 @contextlib.contextmanager
+def naming(path: Path):
+    """Gives an OSError that names no file, as of a full disk, this one's name."""
+    try:
+        yield
+    except OSError as e:
+        if e.errno and e.filename is None:
+            e.filename = str(path)
+        raise
+
+
+@contextlib.contextmanager
 def atomic_write(path: Path, previous: Path | None = None, cached: bool = True):
     """A binary file that takes the place of `path` when it is whole and on the disk, and never before. The file that
     stood there is kept as `previous`. Without `cached`, its bytes don't stay in the page cache."""
     part = path.with_name(f"{path.name}.{os.environ.get('RANK', 0)}.part")  # several processes may fetch the same file
     try:
-        with open(part, "wb") as f:  # not NamedTemporaryFile: its mode 0600 would outlive the rename
+        with naming(path), open(part, "wb") as f:  # not NamedTemporaryFile: its mode 0600 would outlive the rename
             yield f
             f.flush()
             sync_file(f.fileno())
@@ -140,8 +151,9 @@ def whole_folder(folder: Path):
     shutil.rmtree(part, ignore_errors=True)
     part.mkdir(parents=True)
     try:
-        yield part
-        move_files(part, folder)
+        with naming(folder):
+            yield part
+            move_files(part, folder)
     finally:
         shutil.rmtree(part, ignore_errors=True)
 

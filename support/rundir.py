@@ -31,6 +31,7 @@ from support.text import input_problems
 
 ROOT = Path(__file__).resolve().parent.parent
 ENDINGS = ("target reached", "steps done", "patience over")  # of a run that has nothing more to do
+TEXTS = 10**6  # bytes that must be free for log, rows and samples
 # Settings that belong to one start and not to the run.
 ONE_START = ("resume", "overwrite", "preset", "out_dir", "init_from")
 
@@ -104,13 +105,18 @@ class RunDirectory:
         return bool(resume) and Path(resume).resolve().parent == self.last.resolve().parent
 
     def check_space(self, needed: int) -> None:
-        """Raises RunError unless the checkpoints of a run, `needed` bytes of them, fit."""
+        """Raises RunError unless the checkpoints of a run, `needed` bytes of them, fit, and beside them its log."""
         mine = sum(path.stat().st_size for path in (self.last, self.previous, self.best) if path.exists())
-        free = shutil.disk_usage(self.root).free + mine
-        if free < needed:
+        free = shutil.disk_usage(self.root).free
+        if free + mine < needed:
             raise RunError(
-                f"out_dir {self.root} has {free / 1e9:.3g} GB free for checkpoints, and two of them with best.pt take"
-                f" {needed / 1e9:.3g} GB: make room, or choose an --out_dir on another disk"
+                f"out_dir {self.root} has {(free + mine) / 1e9:.3g} GB free for checkpoints, and two of them with"
+                f" best.pt take {needed / 1e9:.3g} GB: make room, or choose an --out_dir on another disk"
+            )
+        if free < TEXTS:
+            raise RunError(
+                f"out_dir {self.root} has {free / 1e6:.2f} MB free, and log, rows and samples take at least"
+                f" {TEXTS / 1e6:.0f} MB beside the checkpoints: make room, then try again"
             )
 
     @contextlib.contextmanager
@@ -129,8 +135,8 @@ class RunDirectory:
                         " choose another --out_dir"
                     ) from None
             f.truncate(0)
-            f.write(str(os.getpid()))
-            f.flush()
+            with contextlib.suppress(OSError):  # no room: the lock holds without the number
+                os.write(f.fileno(), str(os.getpid()).encode())
             yield
 
     def prepare(self, overwrite: bool, resumed: Path | None) -> None:

@@ -172,6 +172,7 @@ def raising(error: BaseException):
         (torch.OutOfMemoryError("CUDA out of memory."), 1, "bake: the memory is full: use less\n"),
         (RuntimeError("can't start new thread"), 1, f"bake: {NO_THREADS}\n"),
         (PermissionError(13, "Permission denied", "a.txt"), 1, "bake: Permission denied (a.txt)\n"),
+        (OSError(28, "No space left", "a"), 1, "bake: No space left (a): make room, then try again\n"),
         (OSError("odd"), 1, "bake: odd (no file named)\n"),
         (KeyboardInterrupt(), 130, "bake: interrupted\n"),
         (RunError("caf\udce9"), 1, "bake: caf\\udce9\n"),

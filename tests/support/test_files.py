@@ -44,6 +44,15 @@ def test_a_file_is_replaced_whole_or_not_at_all(tmp_path):
     assert os.listdir(tmp_path) == ["file"]
 
 
+def test_a_fault_that_names_no_file_gets_its_name(tmp_path):
+    with pytest.raises(OSError) as caught, atomic_write(tmp_path / "file"):
+        no_space()
+    assert caught.value.filename == str(tmp_path / "file")
+    with pytest.raises(OSError) as caught, files.whole_folder(tmp_path / "folder"):
+        no_space()
+    assert caught.value.filename == str(tmp_path / "folder")
+
+
 def test_a_written_file_has_the_usual_mode(tmp_path):
     write(tmp_path / "atomic", b"")
     (tmp_path / "plain").touch()
