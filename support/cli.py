@@ -73,9 +73,10 @@ def run_program(name: str, body: Callable[[], int], when_memory_is_full: str) ->
 
 
 def is_out_of_memory(e: Exception) -> bool:
-    """Is this a full memory? A CPU's allocator says so in a plain RuntimeError, so its words are all there is."""
-    words = str(e)
-    return isinstance(e, MemoryError) or "can't allocate memory" in words or "out of memory" in words
+    """Is this a full memory? torch says so in a plain RuntimeError, so its words are all there is."""
+    words = str(e).lower()
+    told = ("can't allocate memory", "cannot allocate memory", "out of memory")
+    return isinstance(e, MemoryError) or any(one in words for one in told)
 
 
 def say(name: str, sentence: str) -> None:

@@ -55,6 +55,18 @@ def drop_from_cache(handle: int) -> None:
             os.posix_fadvise(handle, 0, 0, os.POSIX_FADV_DONTNEED)
 
 
+def odd_kind(path: str | Path) -> str:
+    """What stands at a path in the place of a file: opening a pipe would wait for ever. "" for a file, and where there
+    is nothing."""
+    if os.path.islink(path) and not os.path.exists(path):
+        return f"a link that leads nowhere ({os.readlink(path)})"
+    if os.path.isdir(path):
+        return "a folder"
+    if os.path.exists(path) and not os.path.isfile(path):
+        return "a pipe or a device"
+    return ""
+
+
 @contextlib.contextmanager
 def naming(path: Path):
     """Gives an OSError that names no file, as of a full disk, this one's name."""

@@ -24,8 +24,8 @@ from pathlib import Path
 from tqdm import tqdm
 
 from support.checkpoint import changes_since, load_checkpoint
-from support.cli import DamagedError, RunError, UsageError, say
-from support.files import atomic_write, lock_file, replace
+from support.cli import DamagedError, RunError, UsageError, is_out_of_memory, say
+from support.files import atomic_write, lock_file, odd_kind, replace
 from support.machine import machine_problems
 from support.text import input_problems
 
@@ -79,6 +79,9 @@ class RunDirectory:
             with contextlib.suppress(FileNotFoundError, NotADirectoryError):
                 os.lstat(path)  # raises for what can't be a path, such as a name that is too long
             existing = next(p for p in (path, *path.absolute().parents) if os.path.lexists(p))
+            if not os.path.exists(existing):
+                remedy = "remove the link, or put back what it led to"
+                return f"out_dir {self.root} can't be written, since {existing} is {odd_kind(existing)}: {remedy}"
             if existing != path and not existing.is_dir():
                 return f"out_dir {self.root} can't be made, since {existing} is a file: choose another --out_dir"
             if not os.access(existing, os.W_OK):
@@ -180,7 +183,7 @@ class RunDirectory:
                 continue
             try:
                 return path, load_checkpoint(path, lazy), str(problem or "")
-            except DamagedError as e:
+            except (DamagedError, UsageError) as e:  # the latter for a folder in its place
                 problem = problem or e
         if problem:
             raise problem
@@ -209,6 +212,8 @@ class RunDirectory:
             trainer.load_state_dict(state)
             return path, notes + changes_since(state, trainer)
         except (AttributeError, KeyError, TypeError, ValueError, RuntimeError) as e:
+            if is_out_of_memory(e):
+                raise
             raise RunError(f"checkpoint {path} lacks what a run needs ({e!r:.80}): use another one") from e
 
     # ---- run.json ----

@@ -91,7 +91,10 @@ def load_tokenizer(name: str = "gpt2", vocabulary: Sequence[str] = ()) -> Tokeni
 
 def saved_tokenizer(state: dict) -> Tokenizer:
     """From a checkpoint. Raises KeyError or TypeError for what is none, and as load_tokenizer does."""
-    return load_tokenizer(state["name"], state.get("vocabulary", ()))
+    vocabulary = state.get("vocabulary", ())
+    if not all(isinstance(character, str) for character in vocabulary):
+        raise TypeError("the vocabulary isn't of characters")
+    return load_tokenizer(state["name"], vocabulary)
 
 
 def char_tokenizer(vocabulary: Sequence[str]) -> Tokenizer:
