@@ -141,8 +141,17 @@ def test_adamw_is_one_fused_kernel(tiny, optimizer):
 # ---- Muon ----
 
 
-def test_muon_and_adamw_do_together_what_each_does_alone(tiny):
-    """The same updates as torch's two optimizers called by hand, with a state that is loaded on the way."""
+def plain_muon(p: torch.Tensor, average: torch.Tensor, lr: float, momentum: float, decay: float) -> None:
+    """One matrix's update as the papers write it, with an exact polar factor: U V^T of the SVD."""
+    average.mul_(momentum).add_(p.grad, alpha=1 - momentum)
+    ahead = (1 - momentum) * p.grad + momentum * average
+    u, _, v = torch.linalg.svd(ahead, full_matrices=False)
+    p.data -= lr * decay * p.data + lr * 0.2 * max(p.shape) ** 0.5 * (u @ v)
+
+
+def test_muon_and_adamw_do_together_what_each_does_alone(tiny, monkeypatch):
+    """The same updates as the two by hand, with a state that is loaded on the way."""
+    monkeypatch.setattr(kernels, "orthogonalized", exactly_orthogonal)
     config = tiny(optimizer="muon", steps=8, warmup_steps=3, lr=1e-2, beta1=0.9, beta2=0.95, weight_decay=0.2)
     config = config.completed(1, 1)
     torch.manual_seed(0)
@@ -151,21 +160,23 @@ def test_muon_and_adamw_do_together_what_each_does_alone(tiny):
     optimizer = train.build_optimizer(a, config)
     scheduler = train.build_scheduler(optimizer, config)
     blocks = [p for p in b.transformer.h.parameters() if p.dim() == 2]
+    averages = [torch.zeros_like(p) for p in blocks]
     tables = [b.transformer.wte.weight, b.transformer.wpe.weight]
     vectors = [p for p in b.parameters() if p.dim() == 1]
     groups = [{"params": tables, "weight_decay": 0.2}, {"params": vectors, "weight_decay": 0.0}]
-    muon_alone = torch.optim.Muon(blocks, momentum=0.9, weight_decay=0.2, adjust_lr_fn="match_rms_adamw")
     adamw_alone = torch.optim.AdamW(groups, betas=(0.9, 0.95), fused=True)
     for step, rate in enumerate(curve(config), 1):
         for p, q in zip(a.parameters(), b.parameters(), strict=True):
             p.grad = torch.randn_like(p)
             q.grad = p.grad.clone()
-        for group in (*muon_alone.param_groups, *adamw_alone.param_groups):
+        for group in adamw_alone.param_groups:
             group["lr"] = rate
         optimizer.step()
-        muon_alone.step()
         adamw_alone.step()
-        assert all(torch.equal(p, q) for p, q in zip(a.parameters(), b.parameters(), strict=True)), step
+        for p, average in zip(blocks, averages, strict=True):
+            plain_muon(p, average, rate, 0.9, 0.2)
+        for p, q in zip(a.parameters(), b.parameters(), strict=True):
+            torch.testing.assert_close(p, q, rtol=1e-5, atol=1e-6)
         if step == 4:
             state = copy.deepcopy(optimizer.state_dict())
             optimizer = train.build_optimizer(a, config)
@@ -173,6 +184,11 @@ def test_muon_and_adamw_do_together_what_each_does_alone(tiny):
             scheduler = train.build_scheduler(optimizer, config, 4)
         elif step < 8:
             scheduler.step()
+
+
+def exactly_orthogonal(matrices, dtype):
+    u, _, v = torch.linalg.svd(matrices, full_matrices=False)
+    return u @ v
 
 
 def update_by_muon(config) -> torch.Tensor:
@@ -203,17 +219,39 @@ def test_muon_does_without_bf16_where_it_would_crawl(tiny, monkeypatch):
     in_bf16 = update_by_muon(config)
     monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"avx512_bf16": False})
     in_fp32 = update_by_muon(config)
-    assert dtypes == [torch.bfloat16] * 4 + [torch.float32] * 4  # a block has four matrices
+    assert dtypes == [torch.bfloat16] * 4 + [torch.float32] * 4  # the matrices of a block have four shapes
     assert 0 < (in_bf16 - in_fp32).norm() < 0.02 * in_fp32.norm()
 
 
 @pytest.mark.parametrize("shape", [(16, 48), (48, 16), (24, 24)])
-def test_orthogonalized_brings_all_singular_values_near_one(shape):
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_orthogonalized_brings_all_singular_values_near_one(shape, dtype):
+    """Whatever the size of the gradient, and of each matrix of a stack by itself."""
     torch.manual_seed(1)
-    u, _, v = torch.linalg.svd(torch.randn(shape), full_matrices=False)
+    u, _, v = torch.linalg.svd(torch.randn(3, *shape), full_matrices=False)
     scales = torch.logspace(0, -1.5, min(shape))
-    inside = u.T @ kernels.orthogonalized(u * scales @ v, torch.float32) @ v.T
-    values = torch.diagonal(inside)
-    assert values.min() > 0.6
-    assert values.max() < 1.3
-    assert torch.allclose(inside, torch.diag(values), atol=1e-3)  # the directions are the same
+    sizes = torch.tensor([1.0, 1e-6, 1e4])[:, None, None]
+    stack = sizes * (u * scales @ v)
+    inside = u.mT @ kernels.orthogonalized(stack, dtype).float() @ v.mT
+    values = torch.diagonal(inside, dim1=1, dim2=2)
+    assert values.min() > 0.9
+    assert values.max() < 1.1
+    rounding = 1e-3 if dtype == torch.float32 else 0.05
+    assert torch.allclose(inside, torch.diag_embed(values), atol=rounding)  # the directions are the same
+
+
+def test_orthogonalized_of_a_matrix_without_gradient_is_zero():
+    assert not kernels.orthogonalized(torch.zeros(2, 8, 8), torch.bfloat16).any()
+
+
+def test_small_singular_values_are_lifted_in_proportion():
+    """A hundred times below the largest it is near one. Below that it grows with the value: no noise is blown up."""
+    torch.manual_seed(1)
+    u, _, v = torch.linalg.svd(torch.randn(1, 64, 192), full_matrices=False)
+    scales = torch.ones(64)
+    scales[1:4] = torch.tensor([1e-2, 1e-3, 1e-4])
+    inside = u.mT @ kernels.orthogonalized(u * scales @ v, torch.float32) @ v.mT
+    values = torch.diagonal(inside[0])
+    assert values[0] == pytest.approx(1, abs=0.1)
+    assert values[2] / values[3] == pytest.approx(10, rel=0.05)
+    assert 0.2 < values[1] < 1.1
