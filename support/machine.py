@@ -212,6 +212,7 @@ def cpu_has_bf16() -> bool:
     return seconds[torch.bfloat16] < seconds[torch.float32]
 
 
+@torch.enable_grad()  # a caller that only samples may have turned gradients off
 def scaler_works(device: torch.device) -> bool:
     """Tries one scaled fp16 step on a single parameter: what a version supports can't be read off its number."""
     try:

@@ -62,6 +62,11 @@ def test_the_probe_of_loss_scaling_takes_a_real_step():
     assert machine.scaler_works(torch.device("meta")) is False
 
 
+@torch.no_grad()
+def test_the_probe_of_loss_scaling_works_where_gradients_are_off():
+    assert machine.scaler_works(CPU) is True
+
+
 @pytest.mark.parametrize(("capability", "native"), [("avx512_f", False), ("avx512_bf16", True), ("amx_bf16", True)])
 def test_bf16_is_not_assumed_of_a_cpu(monkeypatch, capability, native):
     monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"architecture": "x86_64", capability: True})
