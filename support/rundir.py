@@ -79,11 +79,12 @@ class RunDirectory:
             with contextlib.suppress(FileNotFoundError, NotADirectoryError):
                 os.lstat(path)  # raises for what can't be a path, such as a name that is too long
             existing = next(p for p in (path, *path.absolute().parents) if os.path.lexists(p))
-            if not os.path.exists(existing):
-                remedy = "remove the link, or put back what it led to"
-                return f"out_dir {self.root} can't be written, since {existing} is {odd_kind(existing)}: {remedy}"
-            if existing != path and not existing.is_dir():
+            if existing != path and existing.is_file():
                 return f"out_dir {self.root} can't be made, since {existing} is a file: choose another --out_dir"
+            odd = odd_kind(existing)
+            if odd and (existing == path or not existing.is_dir()):
+                remedy = "move it away, or choose another --out_dir"
+                return f"out_dir {self.root} can't be written, since {existing} is {odd}: {remedy}"
             if not os.access(existing, os.W_OK):
                 return f"out_dir {self.root} can't be written: change the permissions of {existing}"
         except (OSError, ValueError) as e:  # ValueError: a NUL in the name

@@ -90,10 +90,9 @@ def load_tokenizer(name: str = "gpt2", vocabulary: Sequence[str] = ()) -> Tokeni
 
 
 def saved_tokenizer(state: dict) -> Tokenizer:
-    """From a checkpoint. Raises KeyError or TypeError for what is none, and as load_tokenizer does."""
+    """From a checkpoint. Raises KeyError, TypeError or ValueError for what is none, and as load_tokenizer does."""
     vocabulary = state.get("vocabulary", ())
-    if not all(isinstance(character, str) for character in vocabulary):
-        raise TypeError("the vocabulary isn't of characters")
+    "".join(vocabulary).encode()  # raises for what isn't of characters
     return load_tokenizer(state["name"], vocabulary)
 
 
