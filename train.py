@@ -720,7 +720,7 @@ class Trainer:
         config = self.given
         make = ARCHITECTURES["gpt2"]
         shape = dataclasses.asdict(config.model_config(self.tokenizer.vocab_size))
-        with torch.device("meta"):  # the same model without numbers, to know what it would take
+        with machine.outline():  # the same model without numbers, to know what it would take
             outline = make(shape)
         parameters = sum(p.numel() for p in outline.parameters())
         tokens = config.batch_size * config.seq_len

@@ -12,6 +12,7 @@ from pathlib import Path
 import torch
 import torch.nn as nn
 
+from support import machine
 from support.cli import DamagedError, RunError, UsageError, is_out_of_memory
 from support.files import atomic_write, odd_kind
 from support.text import Corpus, Tokenizer, saved_tokenizer
@@ -182,8 +183,6 @@ def load_model(path: str | Path, architectures: dict, lazy: bool = True) -> tupl
 
     Raises RunError for a checkpoint that can't be used, UsageError where its tokenizer isn't installed."""
     checkpoint = load_checkpoint(path, lazy)
-    if lazy:
-        check_weights(path, checkpoint["model"])
     try:
         make = architectures[checkpoint["config"].get("architecture", "gpt2")]
         shape = checkpoint["model_config"]
@@ -191,12 +190,14 @@ def load_model(path: str | Path, architectures: dict, lazy: bool = True) -> tupl
             raise ValueError("it has fewer weights than layers")
         if shape["n_head"] < 1 or shape["n_embd"] % shape["n_head"]:
             raise ValueError("its width isn't divisible by its heads")
-        with torch.device("meta"):  # the same model without numbers: how large would it be?
-            outline = make(shape)
-        if shapes_of(outline.state_dict()) != shapes_of(checkpoint["model"]):
+        with machine.outline():
+            sketch = make(shape)
+        if shapes_of(sketch.state_dict()) != shapes_of(checkpoint["model"]):
             raise ValueError("its weights aren't of the shape that it names")
         model = make(shape)
         model.load_state_dict(checkpoint["model"])
+        if lazy:  # else it was looked at already
+            check_weights(path, model.state_dict())
         tokenizer = saved_tokenizer(checkpoint["tokenizer"])
         if tokenizer.vocab_size != model.config.vocab_size:
             raise ValueError(f"{tokenizer.vocab_size} tokens, and a model of {model.config.vocab_size}")
