@@ -82,10 +82,10 @@ class TrainConfig:
     randomize_batches: bool = flag(False, "shuffle the order of the batches anew each pass")
     val_fraction: float = flag(0.0, "share of the text, at its end, that is held out of training", least=0, below=1)
 
-    block_size: int = flag(1024, "context: the longest sequence that the model can read", "Model", least=1)
-    n_layer: int = flag(12, "transformer blocks", least=1)
+    block_size: int = flag(1024, "context: the longest sequence that the model can read", "Model", least=1, below=2**20)
+    n_layer: int = flag(12, "transformer blocks", least=1, below=1000)
     n_head: int = flag(12, "attention heads in a block", least=1)
-    n_embd: int = flag(768, "width of the residual stream", least=1)
+    n_embd: int = flag(768, "width of the residual stream", least=1, below=2**20)
     dropout: float = flag(0.0, "probability of dropping an activation in training", least=0, below=1)
 
     batch_size: int = flag(8, "B: windows in a micro-batch (lower it when memory runs out)", "Training", least=1)
@@ -720,7 +720,7 @@ class Trainer:
         config = self.given
         make = ARCHITECTURES["gpt2"]
         shape = dataclasses.asdict(config.model_config(self.tokenizer.vocab_size))
-        with torch.device("meta"):  # the same model without numbers, to know what it would take
+        with machine.outline():  # the same model without numbers, to know what it would take
             outline = make(shape)
         parameters = sum(p.numel() for p in outline.parameters())
         tokens = config.batch_size * config.seq_len

@@ -18,6 +18,7 @@ import numpy as np
 import torch
 import torch.distributed as dist
 import torch.nn as nn
+from torch.overrides import TorchFunctionMode
 
 from support.cli import RunError, UsageError
 from support.files import keep_heap
@@ -299,6 +300,22 @@ def memory_needs(runtime: Runtime, parameters: int, saved: int, activations: int
     if runtime.device.type == "cpu":
         needs["the copy that is written as last.pt"] = saved
     return needs
+
+
+class NoRandomNumbers(TorchFunctionMode):
+    """While entered, tensors stay as they are where they would be filled with random numbers."""
+
+    def __torch_function__(self, function, types, args=(), kwargs=None):
+        if function.__name__ in ("normal_", "uniform_", "kaiming_uniform_"):
+            return None
+        return function(*args, **(kwargs or {}))
+
+
+@contextlib.contextmanager
+def outline():
+    """While entered, a model gets shapes and no numbers, which takes no memory: to know how large it would be."""
+    with torch.device("meta"), NoRandomNumbers():  # to draw them there, torch would import sympy, a second long
+        yield
 
 
 def check_memory(runtime: Runtime, parameters: int, saved: int, activations: int) -> None:

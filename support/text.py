@@ -90,8 +90,10 @@ def load_tokenizer(name: str = "gpt2", vocabulary: Sequence[str] = ()) -> Tokeni
 
 
 def saved_tokenizer(state: dict) -> Tokenizer:
-    """From a checkpoint. Raises KeyError or TypeError for what is none, and as load_tokenizer does."""
-    return load_tokenizer(state["name"], state.get("vocabulary", ()))
+    """From a checkpoint. Raises KeyError, TypeError or ValueError for what is none, and as load_tokenizer does."""
+    vocabulary = state.get("vocabulary", ())
+    "".join(vocabulary).encode()  # raises for what isn't of characters
+    return load_tokenizer(state["name"], vocabulary)
 
 
 def char_tokenizer(vocabulary: Sequence[str]) -> Tokenizer:

@@ -27,8 +27,21 @@ def runtime(amp_dtype=None) -> Runtime:
 
 def outline(config: GPTConfig) -> GPT:
     """A model that has shapes and no numbers."""
-    with torch.device("meta"):
+    with machine.outline():
         return GPT(config)
+
+
+def test_in_an_outline_nothing_is_filled_with_random_numbers():
+    """torch would import sympy for it, which takes a second."""
+    with machine.NoRandomNumbers():
+        zeros = torch.zeros(9)
+        zeros.normal_()
+        assert not zeros.any()
+        linear = torch.nn.Linear(9, 9)
+        linear.weight.detach().fill_(3.0)
+        linear.reset_parameters()
+        assert linear.weight.eq(3.0).all()
+    assert {p.device.type for p in outline(GPTConfig()).parameters()} == {"meta"}
 
 
 # ---- device and precision ----
