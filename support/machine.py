@@ -11,18 +11,38 @@ import re
 import statistics
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
 import torch
-import torch.distributed as dist
 import torch.nn as nn
 
-from support.cli import RunError, UsageError
+from support.cli import RunError, UsageError, say
 from support.files import keep_heap
 
 # ---- processes: one, or several under torchrun ----
+
+
+class Alone:
+    """Where the processes of a run meet before they have a Runtime: for one that has no others."""
+
+    def agreed(self, make: Callable, essence: Callable[[object], dict]):
+        """What `make` returns, when all processes have come this far and the `essence` of it, a dict of plain types, is
+        the same in all of them. Raises UsageError or RunError."""
+        return make()
+
+    def say(self, name: str, sentence: str) -> None:
+        """A sentence on stderr. Of several processes only one says it."""
+        say(name, sentence)
+
+
+def meet() -> Alone:
+    if int(os.environ.get("WORLD_SIZE", 1)) == 1:
+        return Alone()
+    from support.processes import Meeting
+
+    return Meeting()
 
 
 @dataclass
@@ -38,6 +58,7 @@ class Runtime:
     reason: str
     rank: int = 0
     world_size: int = 1
+    meeting: Alone = field(default_factory=Alone)
 
     talk_is_free = True  # a verb costs nothing, since nobody has to be waited for
 
@@ -71,8 +92,18 @@ class Runtime:
         """The model as the training step calls it."""
         return model
 
-    def close(self) -> None:
-        """Leaves the other processes."""
+    def when_lost(self, do: Callable[[str], None]) -> None:
+        """What to do with the sentence that says so, when another process is gone and this one can't go on."""
+
+    def explain(self, e: BaseException) -> str:
+        """Why the run failed, for log and run.json."""
+        return str(e) if isinstance(e, RunError) else f"{type(e).__name__}: {e}"
+
+    def __enter__(self) -> Runtime:
+        return self
+
+    def __exit__(self, kind, e, traceback) -> None:
+        """Leaves the other processes. Raises RunError if one of them is why this one failed."""
 
     def autocast(self):
         """Matrix products in amp_dtype; weights, sums and losses stay fp32."""
@@ -103,43 +134,11 @@ class Runtime:
         }
 
 
-class Processes(Runtime):
-    """One of several processes, each with a copy of the whole model (DistributedDataParallel)."""
-
-    talk_is_free = False
-
-    def first(self, value):
-        values = [value]
-        dist.broadcast_object_list(values, src=0)
-        return values[0]
-
-    def any(self, value: int) -> int:
-        largest = torch.tensor(float(value), device=self.device)
-        dist.all_reduce(largest, dist.ReduceOp.MAX)
-        return int(largest.item())
-
-    def gather(self, value) -> list:
-        if isinstance(value, torch.Tensor):
-            values = [torch.empty_like(value) for _ in range(self.world_size)]
-            dist.all_gather(values, value)
-            return values
-        values = [None] * self.world_size
-        dist.all_gather_object(values, value)
-        return values
-
-    def wait(self) -> None:
-        dist.barrier()
-
-    def wrap(self, model: nn.Module) -> nn.Module:
-        return nn.parallel.DistributedDataParallel(model)
-
-    def close(self) -> None:
-        if dist.is_initialized():
-            dist.destroy_process_group()
-
-
-def start_runtime(device: str = "auto", amp: str = "auto", deterministic: bool = False) -> Runtime:
-    """Picks device and precision, and joins the other processes where torchrun started several. Raises UsageError."""
+def start_runtime(
+    device: str = "auto", amp: str = "auto", deterministic: bool = False, wait_minutes: float = 5.0, meeting=None
+) -> Runtime:
+    """Picks device and precision, and joins the other processes where torchrun started several: at their `meeting`, if
+    there was one. Raises UsageError."""
     if deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS reads it when CUDA starts
     if deterministic != torch.are_deterministic_algorithms_enabled():  # asking costs nothing, setting a second
@@ -152,10 +151,13 @@ def start_runtime(device: str = "auto", amp: str = "auto", deterministic: bool =
         torch.set_float32_matmul_precision("high")  # TF32 for what autocast leaves in fp32
     if picked.type == "cpu":
         keep_heap()
-    if int(os.environ.get("WORLD_SIZE", 1)) == 1:
+    meeting = meeting or meet()
+    if type(meeting) is Alone:
         return Runtime(picked, amp_dtype, scaler, reason)
-    dist.init_process_group("nccl" if picked.type == "cuda" else "gloo")
-    return Processes(picked, amp_dtype, scaler, reason, dist.get_rank(), dist.get_world_size())
+    from support.processes import Processes
+
+    runtime = Processes(picked, amp_dtype, scaler, reason, meeting.rank, meeting.world_size, meeting)
+    return runtime.join(wait_minutes)
 
 
 # ---- device and precision ----
