@@ -48,7 +48,7 @@ def turn(name: str, sizes: dict) -> dict:
         "rate": rate,
         "limit": limit,
         "share": model.flops_per_token() * rate / limit if limit else None,
-        "memory": torch.cuda.max_memory_allocated() if setup.device == "cuda" else peak_memory(),
+        "memory": most_memory(setup.device),
         "losses": first + losses,
     }
 
@@ -65,13 +65,24 @@ def time_steps(step: Callable[[], torch.Tensor], setup: Setup) -> tuple[float, l
     if setup.device == "cpu":
         seconds = statistics.median(times)
     else:
-        torch.cuda.synchronize()
+        torch.accelerator.synchronize()
         seconds = (time.perf_counter() - start) / setup.steps
     return seconds, [float(loss) for loss in losses]
 
 
+def most_memory(device: str) -> int:
+    """Bytes that this process had at most, on its GPU if it trains on one. MPS only knows what it has now."""
+    if device == "cuda":
+        return torch.cuda.max_memory_allocated()
+    if device == "mps":
+        return torch.mps.driver_allocated_memory()
+    return peak_memory()
+
+
 def find_limit(model: torch.nn.Module, setup: Setup, dtype: torch.dtype | None) -> float | None:
-    """FLOP/s that the device could reach in a precision."""
+    """FLOP/s that the device could reach in a precision, None where nobody knows."""
+    if setup.device == "mps":
+        return None
     if dtype is None:
         picked, _ = machine.pick_precision("auto", torch.device(setup.device))
         dtype = picked or torch.float32

@@ -86,8 +86,8 @@ def attention_by_products(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, dro
     return torch.cat(blocks, dim=1).unflatten(0, (B, H))
 
 
-# A step takes each singular value s to s * (a + b s^2 + c s^4). These four (a, b, c) bring all from 1/100 to 1 near 1 in
-# the fewest steps (Amsel et al. 2025, "The Polar Express"). Two steps share one Gram matrix.
+# A step takes each singular value s to s * (a + b s^2 + c s^4). These four (a, b, c) bring all from 1/100 to 1 near 1
+# in the fewest steps (Amsel et al. 2025, "The Polar Express"). Two steps share one Gram matrix.
 POLAR_EXPRESS = (
     ((7.8623, -21.6722, 15.3059), (3.5802, -2.5753, 0.4871)),
     ((2.6486, -1.8941, 0.4133), (1.9763, -1.3584, 0.3860)),

@@ -13,7 +13,7 @@ import train
 from support.inference import Request, Writer
 from support.kernels import attention_by_products
 
-BENCHMARKS = ("checkpoints", "growth", "large_text", "overhead", "sampling", "throughput")
+BENCHMARKS = ("checkpoints", "gpu_check", "growth", "large_text", "overhead", "sampling", "throughput")
 EXPERIMENTS = ("embeddings", "recipe")
 
 with pytest.MonkeyPatch.context() as patch:  # where the scripts find each other
