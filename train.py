@@ -128,6 +128,7 @@ class TrainConfig:
     grad_checkpoint: bool = flag(False, "keep fewer activations, compute them again: less memory, a fifth slower")
     compile: bool = flag(False, "torch.compile: slower to start, then faster")
     deterministic: bool = flag(False, "only kernels that give the same bits each time; slower on CUDA")
+    wait_minutes: float = flag(2.0, "of several processes: how long one may be silent before all end", above=0)
     no_mfu: bool = flag(False, "save the half second in which a CPU's limit is measured; mfu is then unknown")
 
     def validate(self) -> None:
@@ -940,27 +941,34 @@ class Loop:
         """Trains to the end, whatever it is, and returns what run.json then says. `notes` are for the log's opening.
         Raises RunError on a fault."""
         try:
-            self.open_files(notes)
-            ended = record.how_it_ended(self.trainer, self.runtime.first(self.run_dir.read_record()))
-            if ended:
-                self.log.info(f"Nothing to do: this run has ended ({ended}); to go on, give {record.REMEDIES[ended]}")
-                return self.record.content("nothing to do", self.clock.seconds())
-            self.record.write(None, self.clock.seconds())
-            try:
-                ended = self.finish(self.train_steps())
-            except Stopped:
-                ended = self.finish("interrupted")
+            with self.runtime.watched(self.fail):
+                ended = self.run_open(notes)
         except BaseException as e:
-            why = str(e) if isinstance(e, RunError) else f"{type(e).__name__}: {e}"
-            ended = f"failed: {why}"
-            self.log.error(ended)
-            with contextlib.suppress(OSError):  # the disk may be what failed
-                self.record.write(ended, self.clock.seconds())
+            self.fail(str(e) if isinstance(e, RunError) else f"{type(e).__name__}: {e}")
             raise
         finally:
             self.checkpoints.close()
             self.board.close()
         return self.record.write(ended, self.clock.seconds(), self.stop.signum)
+
+    def run_open(self, notes: Sequence[str]) -> str:
+        """Returns how the run ended."""
+        self.open_files(notes)
+        before = record.how_it_ended(self.trainer, self.runtime.first(self.run_dir.read_record()))
+        if before:
+            self.log.info(f"Nothing to do: this run has ended ({before}); to go on, give {record.REMEDIES[before]}")
+            return "nothing to do"
+        self.record.write(None, self.clock.seconds())
+        try:
+            return self.finish(self.train_steps())
+        except Stopped:
+            return self.finish("interrupted")
+
+    def fail(self, why: str) -> None:
+        """Says in log and run.json that the run failed."""
+        self.log.error(f"failed: {why}")
+        with contextlib.suppress(OSError):  # the disk may be what failed
+            self.record.write(f"failed: {why}", self.clock.seconds())
 
     def open_files(self, notes: Sequence[str]) -> None:
         """Takes rows and samples back to where the run is, and opens the log."""
@@ -1190,16 +1198,18 @@ class Loop:
             self.checkpoints.save(state, best)
 
 
-def train(config: TrainConfig, command: str = "") -> dict:
-    """Trains as configured and returns what run.json then says; `command` goes into it.
+def train(config: TrainConfig, command: str = "", meeting: machine.Alone | None = None) -> dict:
+    """Trains as configured and returns what run.json then says; `command` goes into it. Several processes come from
+    their `meeting`.
 
     Raises UsageError, before anything is written, for settings or input that can't work; RunError for a fault later."""
     config.validate()
-    runtime = machine.start_runtime(config.device, config.amp, config.deterministic)
-    try:
+    alone = machine.start_runtime(config.device, config.amp, config.deterministic)
+    with (meeting or machine.meet()).join(alone, config) as runtime:
         with runtime.first_one_first():  # the others find the tokens in the cache
             keep = not config.dry_run
             tokenizer, corpus = text.load_text(config.input_file, config.tokenizer, config.cache_dir, keep)
+        runtime.check_alike({"the text's SHA-256": corpus.sha256})
         trainer = Trainer(config, corpus, tokenizer, runtime)
         if config.dry_run:
             lines = list(dry_run.describe(trainer, saved_bytes(trainer.model, config.optimizer)))
@@ -1213,15 +1223,12 @@ def train(config: TrainConfig, command: str = "") -> dict:
             if runtime.rank == 0:
                 held.enter_context(run_dir.lock())  # before loading: what a run that still writes has now is soon old
                 run_dir.check_space(28 * sum(p.numel() for p in trainer.model.parameters()))
-            path, notes = run_dir.resume(trainer)
-            runtime.wait()  # all have read it before it changes its name
+            path, notes = run_dir.resume(trainer)  # all have read it before it changes its name
             if runtime.rank == 0:
                 run_dir.prepare(config.overwrite, path)
             log = held.enter_context(rundir.open_log(run_dir, enabled=runtime.rank == 0))
             stop = held.enter_context(StopSignals())
             return Loop(trainer, run_dir, log, stop, command).run(notes)
-    finally:
-        runtime.close()
 
 
 # ======== Command line ================================================================================================
@@ -1261,7 +1268,7 @@ def base_settings(given: dict) -> dict:
     checkpoint's settings. Raises UsageError or RunError for a place that can't be read."""
     base = dict(PRESETS.get(given.get("preset"), {}))
     out_dir = given.get("out_dir") or base.get("out_dir") or TrainConfig.out_dir
-    saved = RunDirectory(out_dir).saved_settings(given.get("resume", ""))
+    saved = RunDirectory(out_dir).saved_settings(given.get("resume", ""), "grad_accum" in given)
     if saved:
         base = {name: value for name, value in saved.items() if name in FIELDS}
     elif given.get("init_from"):
@@ -1282,10 +1289,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     if "-h" in words or "--help" in words:
         build_parser().parse_args(["--help"])  # prints, and ends the program
 
-    def body() -> int:
-        return train(config_from_flags(words), shlex.join(["python", "train.py", *words]))["exit_code"]
+    meeting = machine.meet()
 
-    return cli.run_program("train.py", body, "lower --batch_size or --seq_len, or add --grad_checkpoint")
+    def body() -> int:
+        config = meeting.agreed(lambda: config_from_flags(words))
+        return train(config, shlex.join(["python", "train.py", *words]), meeting)["exit_code"]
+
+    when_memory_is_full = "lower --batch_size or --seq_len, or add --grad_checkpoint"
+    return cli.run_program("train.py", body, when_memory_is_full, meeting.say)
 
 
 if __name__ == "__main__":

@@ -11,7 +11,7 @@ import re
 import statistics
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -25,12 +25,16 @@ from support.files import keep_heap
 
 
 class Alone:
-    """Where the processes of a run meet before they have a Runtime: for one that has no others."""
+    """Where the processes of a run meet before it begins: for one that has no others."""
 
-    def agreed(self, make: Callable, essence: Callable[[object], dict]):
-        """What `make` returns, when all processes have come this far and the `essence` of it, a dict of plain types, is
-        the same in all of them. Raises UsageError or RunError."""
+    def agreed(self, make: Callable):
+        """The settings that `make` returns, when all processes have come this far and have the same. Raises UsageError
+        or RunError."""
         return make()
+
+    def join(self, alone: Runtime, settings) -> Runtime:
+        """The Runtime of a process among the others."""
+        return alone
 
     def say(self, name: str, sentence: str) -> None:
         """A sentence on stderr. Of several processes only one says it."""
@@ -58,7 +62,6 @@ class Runtime:
     reason: str
     rank: int = 0
     world_size: int = 1
-    meeting: Alone = field(default_factory=Alone)
 
     talk_is_free = True  # a verb costs nothing, since nobody has to be waited for
 
@@ -79,25 +82,29 @@ class Runtime:
 
     @contextlib.contextmanager
     def first_one_first(self):
-        """What is done within is done by the first process, and when it is done or has failed, by the others."""
-        if self.rank > 0:
+        """What is done within is done by the first process of each machine, and when it is done or has failed, by the
+        others."""
+        is_first = int(os.environ.get("LOCAL_RANK", self.rank)) == 0
+        if not is_first:
             self.wait()
         try:
             yield
         finally:
-            if self.rank == 0:
+            if is_first:
                 self.wait()
+
+    def check_alike(self, values: dict) -> None:
+        """Raises UsageError where the processes haven't the same values, of plain types."""
 
     def wrap(self, model: nn.Module) -> nn.Module:
         """The model as the training step calls it."""
         return model
 
-    def when_lost(self, do: Callable[[str], None]) -> None:
-        """What to do with the sentence that says so, when another process is gone and this one can't go on."""
-
-    def explain(self, e: BaseException) -> str:
-        """Why the run failed, for log and run.json."""
-        return str(e) if isinstance(e, RunError) else f"{type(e).__name__}: {e}"
+    @contextlib.contextmanager
+    def watched(self, last_words: Callable[[str], None]):
+        """Within, an error that comes of another process's end is a RunError that says so. A process that can't even
+        get an error, since it waits for the other one, ends with these `last_words`, of that sentence."""
+        yield
 
     def __enter__(self) -> Runtime:
         return self
@@ -134,11 +141,22 @@ class Runtime:
         }
 
 
-def start_runtime(
-    device: str = "auto", amp: str = "auto", deterministic: bool = False, wait_minutes: float = 5.0, meeting=None
-) -> Runtime:
-    """Picks device and precision, and joins the other processes where torchrun started several: at their `meeting`, if
-    there was one. Raises UsageError."""
+def shared_grad_accum(processes: int, grad_accum: int) -> int:
+    """The grad_accum by which the processes that there are now share what a step was of so many processes before.
+    Raises UsageError where they can't."""
+    there = int(os.environ.get("WORLD_SIZE", 1))
+    batches = processes * grad_accum
+    if batches % there == 0:
+        return batches // there
+    would_do = [str(number) for number in range(1, batches + 1) if batches % number == 0]
+    raise UsageError(
+        f"the run's steps have {batches} micro-batches ({processes} processes, grad_accum {grad_accum}), which {there}"
+        f" processes can't share: start {' or '.join(would_do)}, or give --grad_accum for steps of another size"
+    )
+
+
+def start_runtime(device: str = "auto", amp: str = "auto", deterministic: bool = False) -> Runtime:
+    """Picks device and precision, for a process by itself. Raises UsageError."""
     if deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS reads it when CUDA starts
     if deterministic != torch.are_deterministic_algorithms_enabled():  # asking costs nothing, setting a second
@@ -151,13 +169,7 @@ def start_runtime(
         torch.set_float32_matmul_precision("high")  # TF32 for what autocast leaves in fp32
     if picked.type == "cpu":
         keep_heap()
-    meeting = meeting or meet()
-    if type(meeting) is Alone:
-        return Runtime(picked, amp_dtype, scaler, reason)
-    from support.processes import Processes
-
-    runtime = Processes(picked, amp_dtype, scaler, reason, meeting.rank, meeting.world_size, meeting)
-    return runtime.join(wait_minutes)
+    return Runtime(picked, amp_dtype, scaler, reason)
 
 
 # ---- device and precision ----

@@ -4,14 +4,14 @@ of them is gone. train.py imports this only where there are several."""
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import functools
 import hashlib
 import json
 import os
-import platform
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from datetime import timedelta
 from pathlib import Path
 
@@ -25,9 +25,11 @@ from support.machine import Alone, Runtime
 
 ROOT = Path(__file__).resolve().parent.parent
 JOIN = timedelta(minutes=5)  # for all processes to start and to read their flags
+STEP = timedelta(minutes=10)  # that processes may be apart in a step; the watch looks whether they are there
 PATIENT = timedelta(days=7)  # for what one process does while the others wait for it, such as tokenizing a long text
-GRACE = 5.0  # seconds in which a process should end by itself when another one is gone
+GRACE = 3.0  # seconds in which a process should end by itself when another one is gone
 REMEDY = "go on with the same command and --resume auto"
+OWN = ("input_file", "cache_dir")  # settings that may differ between machines; of the text, the content must agree
 
 
 # ---- before the first step ----
@@ -36,10 +38,14 @@ REMEDY = "go on with the same command and --resume auto"
 class Meeting(Alone):
     """Where processes leave notes for each other: a store of torch's, which needs neither device nor process group."""
 
+    meetings = 0  # of this program so far; the notes of one are not read in the next
+
     def __init__(self):
         self.rank = int(os.environ["RANK"])
         self.world_size = int(os.environ["WORLD_SIZE"])
-        self.exchanges = 0
+        self.speaks: bool | None = None  # None: not asked yet
+        Meeting.meetings += 1
+        self.name = f"start {os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}, meeting {Meeting.meetings}"
 
     @functools.cached_property
     def store(self) -> dist.Store:
@@ -50,15 +56,14 @@ class Meeting(Alone):
         except (ValueError, RuntimeError) as e:
             raise RunError(f"the other processes can't be reached ({first_line(e)}): start all with torchrun") from e
         # torchrun's own store outlives a restart: without a prefix, new processes would read the dead ones' addresses.
-        return dist.PrefixStore(f"start {os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", store)
+        return dist.PrefixStore(self.name, store)
 
-    def exchange(self, value) -> list:
+    def exchange(self, value: dict) -> list[dict]:
         """What all processes give here, in order of rank. The values are plain types. Raises RunError."""
-        self.exchanges += 1
-        keys = [f"exchange {self.exchanges} of {rank}" for rank in range(self.world_size)]
-        self.store.set(keys[self.rank], json.dumps(value))
+        self.store.set(f"note of {self.rank}", json.dumps(value))
         values = []
-        for rank, key in enumerate(keys):
+        for rank in range(self.world_size):
+            key = f"note of {rank}"
             try:
                 self.store.wait([key], JOIN)
             except dist.DistError:
@@ -67,38 +72,42 @@ class Meeting(Alone):
             values.append(json.loads(self.store.get(key)))
         return values
 
-    def agreed(self, make: Callable, essence: Callable[[object], dict]):
+    def agreed(self, make: Callable):
         """See Alone. The errors raised are the same in all processes, and hold the problems of all."""
-        made = None
-        mine = {"problems": [], "fault": "", "essence": {}}
+        settings = None
+        note = {"problems": [], "faults": [], "settings": {}}
         try:
-            made = make()
-            mine["essence"] = essence(made)
+            settings = make()
+            note["settings"] = must_agree(settings)
         except UsageError as e:
-            mine["problems"] = e.problems
+            note["problems"] = e.problems
         except RunError as e:
-            mine["fault"] = str(e)
-        everyone = self.exchange(mine)
-        problems = told_once([one["problems"] for one in everyone])
-        faults = told_once([[one["fault"]] if one["fault"] else [] for one in everyone])
+            note["faults"] = [str(e)]
+        notes = self.exchange(note)
+        problems = told_once([one["problems"] for one in notes])
+        faults = told_once([one["faults"] for one in notes])
         if not problems and not faults:
-            problems = differences([one["essence"] for one in everyone])
+            problems = differences([one["settings"] for one in notes])
         if problems:
             raise UsageError(*problems)
         if faults:
             raise RunError("; ".join(faults))
-        return made
+        return settings
 
-    @functools.cached_property
-    def speaks(self) -> bool:
-        """Is this the process that says how the run ended? The first one that asks for it is."""
-        try:
-            return self.store.add("spoken", 1) == 1
-        except (UsageError, RunError, RuntimeError):  # nobody can be asked
-            return self.rank == 0
+    def join(self, alone: Runtime, settings) -> Runtime:
+        return Processes(alone, self, settings.wait_minutes)
+
+    def takes_the_word(self) -> bool:
+        """Is this the process that says how the run ended? The first one that asks is."""
+        if self.speaks is None:
+            try:
+                self.speaks = self.store.add("spoken", 1) == 1
+            except (UsageError, RunError, RuntimeError):  # nobody can be asked
+                self.speaks = self.rank == 0
+        return self.speaks
 
     def say(self, name: str, sentence: str) -> None:
-        if self.speaks:
+        if self.takes_the_word():
             cli.say(name, sentence)
 
 
@@ -126,26 +135,27 @@ def told_once(lists: Sequence[list[str]]) -> list[str]:
     return list(dict.fromkeys(told))
 
 
-def differences(essences: Sequence[dict]) -> list[str]:
-    """A sentence for each name that hasn't the same value in all processes."""
-    first = essences[0]
-    found = {}
-    for rank, essence in enumerate(essences):
-        for name in essence.keys() | first.keys():
-            if essence.get(name) != first.get(name):
-                found.setdefault(name, (rank, essence.get(name)))
-    return [
-        f"{name} is {first.get(name)!r} in process 0 and {value!r} in process {rank}: start all processes alike"
-        for name, (rank, value) in sorted(found.items())
-    ]
-
-
-def program() -> dict[str, str]:
-    """What all processes must have alike beside their settings: torch, and the code."""
-    digest = hashlib.sha256()
+def must_agree(settings) -> dict:
+    """What all processes must have alike: settings, torch, and the code."""
+    code = hashlib.sha256()
     for path in [ROOT / "train.py", *sorted((ROOT / "support").glob("*.py"))]:
-        digest.update(path.read_bytes())
-    return {"version of torch": str(torch.__version__), "code": digest.hexdigest()[:12]}
+        code.update(path.read_bytes())
+    values = dataclasses.asdict(settings)
+    for name in OWN:
+        del values[name]
+    return {**values, "version of torch": str(torch.__version__), "code": code.hexdigest()[:12]}
+
+
+def differences(everyones: Sequence[dict]) -> list[str]:
+    """A sentence for each name that hasn't the same value in all processes."""
+    found = []
+    for name, value in everyones[0].items():
+        for rank, values in enumerate(everyones):
+            if values[name] != value:
+                other = f"{name} is {value!r} in process 0 and {values[name]!r} in process {rank}"
+                found.append(f"{other}: start all processes alike")
+                break
+    return found
 
 
 def first_line(e: BaseException) -> str:
@@ -156,98 +166,113 @@ def first_line(e: BaseException) -> str:
 
 
 class Watch:
-    """A thread in each process that shows the others that this one is alive, and notices when one of them isn't.
-
-    Each process counts up under its own key. The first one looks at all the others', and these look at the first one's.
-    What is found, or what a process writes when it fails, stands under the key `lost`, which all of them read."""
+    """A thread that shows the others that this process is alive, and looks whether the next one is: 0 looks at 1, 1 at
+    2, and the last at 0. What is found stands under the key `lost`, which all of them read. There a process that fails
+    also writes why."""
 
     def __init__(self, meeting: Meeting, wait_minutes: float):
-        self.rank = meeting.rank
+        self.meeting = meeting
+        self.store = meeting.store.clone()  # a call of the other thread's would block this one's
+        self.next = (meeting.rank + 1) % meeting.world_size
         self.wait_seconds = 60 * wait_minutes
         self.pause = min(1.0, self.wait_seconds / 10)
-        self.store = meeting.store.clone()  # a call of another thread would block this one's
-        self.me = [platform.node(), os.getpid()]
-        places = meeting.exchange(self.me)
-        others = range(1, meeting.world_size) if self.rank == 0 else [0]
-        self.places = {rank: places[rank] for rank in others}
-        self.seen = {rank: ("", time.monotonic()) for rank in others}  # (the latest count, when it was new)
         self.lost = ""  # what happened, in words
-        self.when_lost: Callable[[str], None] = lambda sentence: None  # what the thread does before it ends the process
-        self.over = threading.Event()
-        self.found = threading.Event()
+        self.found = threading.Event()  # something did
+        self.ending = threading.Event()  # the program ends by itself
+        self.last_words: Callable[[str], None] = lambda sentence: None
         self.thread = threading.Thread(target=self.run, name="watch", daemon=True)
         self.thread.start()
 
     def run(self) -> None:
         """What the thread does."""
         count = 0
-        last = time.monotonic()
-        while not self.over.wait(self.pause):
-            now = time.monotonic()
-            if now - last > 10 * self.pause + 1:  # this process was stopped itself, perhaps with all the others
-                self.seen = {rank: (value, now) for rank, (value, _) in self.seen.items()}
-            last = now
+        news = ""  # the next process's latest sign
+        seen = time.monotonic()  # when it was new
+        last = seen
+        while not self.ending.wait(self.pause):
             count += 1
-            self.look(str(count), now)
+            now = time.monotonic()
+            try:
+                latest = self.exchange_signs(count)
+            except RuntimeError:  # with it, the store is gone
+                self.lost = "has ended: the first one"
+                break
+            if latest != news or now - last > 10 * self.pause + 1:  # or this process was stopped itself meanwhile
+                news = latest
+                seen = now
+            last = now
+            problem = self.problem(latest, now - seen)
+            if problem and not self.lost:
+                self.lost = self.tell(problem)
             if self.lost:
-                self.found.set()
-                return self.end()
+                break
+        if self.lost:
+            self.found.set()
+            self.end()
 
-    def look(self, count: str, now: float) -> None:
-        """Shows that this process is alive, and looks at the others."""
-        try:
-            self.store.set(f"alive {self.rank}", count)
-            if self.store.check(["lost"]):
-                self.lost = self.store.get("lost").decode()
-                return
-            for rank in self.seen:
-                problem = self.problem_of(rank, now)
-                if problem:
-                    self.lost = self.tell(problem)
-        except RuntimeError:  # DistError is one: whoever keeps the store is gone
-            self.lost = self.lost or "has ended: the one that keeps the list of all"
+    def exchange_signs(self, count: int) -> str:
+        """Says that this process is alive. Returns what the next one said, and notes what is lost."""
+        self.store.set(f"alive {self.meeting.rank}", f"{place()} {os.getpid()} {count}")
+        self.lost = self.read("lost")
+        return self.read(f"alive {self.next}")
 
-    def problem_of(self, rank: int, now: float) -> str:
-        key = f"alive {rank}"
-        value = self.store.get(key).decode() if self.store.check([key]) else ""
-        before, since = self.seen[rank]
-        if value == "left":
+    def read(self, key: str) -> str:
+        return self.store.get(key).decode() if self.store.check([key]) else ""
+
+    def problem(self, latest: str, silent: float) -> str:
+        """What is wrong with the next process, whose latest sign is `silent` seconds old; "" where nothing is."""
+        if latest == "left":
             return ""
-        if value != before:
-            self.seen[rank] = (value, now)
-            return ""
-        node, pid = self.places[rank]
-        if node == self.me[0] and not is_running(pid):
-            return f"has ended: process {rank} was killed"
-        if now - since > self.wait_seconds:
-            return f"doesn't answer: process {rank} has been silent for {self.wait_seconds / 60:g} minutes"
+        if latest:
+            its_place, pid, _ = latest.split()
+            if its_place == place() != "?" and not is_running(int(pid)):
+                return f"has ended: process {self.next} was killed"
+        if silent > self.wait_seconds:
+            return f"doesn't answer: process {self.next} has been silent for {self.wait_seconds / 60:g} minutes"
         return ""
 
     def tell(self, problem: str) -> str:
         """Writes what happened for all to read. Returns what they read: whatever was written first."""
         return self.store.compare_set("lost", "", problem).decode()
 
-    def end(self) -> None:
-        """Ends this process, unless it does so by itself: it may wait for the one that is gone until the end of time."""
-        if self.over.wait(GRACE):
-            return
-        last_words = threading.Thread(target=self.when_lost, args=(self.sentence(),), daemon=True)
-        last_words.start()
-        last_words.join(GRACE)  # it may wait for the device, and that for the one that is gone
-        os._exit(1)
-
     def sentence(self) -> str:
-        problem = self.lost or "has ended"
-        return f"another process of this run {problem}; {REMEDY}"
+        what = self.lost or "doesn't answer"
+        return f"another process of this run {what}; {REMEDY}"
+
+    def is_to_blame(self, e: BaseException) -> bool:
+        """Did this process fail only because another one did? The connection breaks first, and the reason comes after:
+        so this waits for it a little."""
+        if not isinstance(e, RuntimeError) or is_out_of_memory(e):
+            return False
+        broken = isinstance(e, dist.DistError) or "gloo" in str(e)
+        if self.found.wait(GRACE) or broken:
+            self.ending.set()
+            return True
+        return False
+
+    def end(self) -> None:
+        """Ends this process, unless it does so by itself: it may wait forever for the one that is gone."""
+        if self.ending.wait(GRACE):
+            return
+        self.meeting.say("train.py", self.sentence())
+        last_words = threading.Thread(target=self.last_words, args=(self.sentence(),), daemon=True)
+        last_words.start()
+        last_words.join(GRACE)  # the disk may be what hangs
+        os._exit(1)
 
     def leave(self, why: str = "") -> None:
         """This process ends: as it should or, with `why`, for a reason that the others should know."""
-        self.over.set()
+        self.ending.set()
         self.thread.join()
         with contextlib.suppress(RuntimeError):
-            self.store.set(f"alive {self.rank}", "left")
+            self.store.set(f"alive {self.meeting.rank}", "left")
             if why:
-                self.tell(f"has ended: process {self.rank}: {why}")
+                self.tell(f"has ended: process {self.meeting.rank}: {why}")
+
+
+def place() -> str:
+    """Which of the machines is this? torchrun counts them."""
+    return os.environ.get("GROUP_RANK", "?")
 
 
 def is_running(pid: int) -> bool:
@@ -265,20 +290,25 @@ def is_running(pid: int) -> bool:
 
 
 class Processes(Runtime):
-    """One of several processes, each with a copy of the whole model (DistributedDataParallel)."""
+    """One of several processes, each with a copy of the whole model (DistributedDataParallel).
+
+    Tensors of a step travel by the device's own library. What the processes tell each other, and what one of them may
+    keep the others waiting for, goes by a patient group of its own, over the CPU."""
 
     talk_is_free = False
 
-    def join(self, wait_minutes: float) -> Processes:
-        """Joins the others. Tensors travel by the device's own library, which gives up after `wait_minutes`. What one
-        process may keep the others waiting for goes by a group of its own, over the CPU, which doesn't."""
-        self.watch = Watch(self.meeting, wait_minutes)
-        backend = "nccl" if self.device.type == "cuda" else "gloo"
-        timeout = timedelta(minutes=wait_minutes, seconds=3 * GRACE)  # the watch knows more, so it comes first
-        store = dist.PrefixStore("group", self.meeting.store)
-        dist.init_process_group(backend, timeout, self.world_size, self.rank, store)
+    def __init__(self, alone: Runtime, meeting: Meeting, wait_minutes: float):
+        super().__init__(alone.device, alone.amp_dtype, alone.scaler, alone.reason, meeting.rank, meeting.world_size)
+        self.meeting = meeting
+        self.watch = Watch(meeting, wait_minutes)
+        dist.init_process_group(
+            "cpu:gloo,cuda:nccl" if self.device.type == "cuda" else "gloo",
+            timeout=STEP + timedelta(minutes=wait_minutes),
+            world_size=self.world_size,
+            rank=self.rank,
+            store=dist.PrefixStore("group", meeting.store),
+        )
         self.patient = dist.new_group(backend="gloo", timeout=PATIENT)
-        return self
 
     def first(self, value):
         values = [value]
@@ -286,8 +316,8 @@ class Processes(Runtime):
         return values[0]
 
     def any(self, value: int) -> int:
-        largest = torch.tensor(float(value), device=self.device)
-        dist.all_reduce(largest, dist.ReduceOp.MAX)
+        largest = torch.tensor(float(value))
+        dist.all_reduce(largest, dist.ReduceOp.MAX, group=self.patient)
         return int(largest.item())
 
     def gather(self, value) -> list:
@@ -302,6 +332,11 @@ class Processes(Runtime):
     def wait(self) -> None:
         dist.barrier(group=self.patient)
 
+    def check_alike(self, values: dict) -> None:
+        problems = differences(self.gather(values))
+        if problems:
+            raise UsageError(*problems)
+
     def wrap(self, model: nn.Module) -> nn.Module:
         """After its first step, DistributedDataParallel sorts the gradients anew into what travels together, and with
         three processes or more other sums round differently. So a first pass is made here, of one token, and a run that
@@ -310,40 +345,31 @@ class Processes(Runtime):
         was_training = model.training
         model.eval()  # draws nothing from the random generators
         token = torch.zeros(1, 1, dtype=torch.long, device=self.device)
-        for _ in range(2):  # the second one sorts, and the third is the first that nothing changes any more
-            _, loss = wrapped(token, token, keep_logits=False)
-            loss.backward()
+        _, loss = wrapped(token, token, keep_logits=False)
+        loss.backward()
         model.zero_grad(set_to_none=True)
         model.train(was_training)
         return wrapped
 
     # ---- how it ends ----
 
-    def when_lost(self, do: Callable[[str], None]) -> None:
-        self.watch.when_lost = do
-
-    def explain(self, e: BaseException) -> str:
-        if self.is_of_others(e):
-            return self.watch.sentence()
-        return super().explain(e)
-
-    def is_of_others(self, e: BaseException) -> bool:
-        """Did this process fail only because another one did? A broken connection comes first, and the reason after."""
-        if isinstance(e, (RunError, UsageError)) or not isinstance(e, RuntimeError) or is_out_of_memory(e):
-            return False
-        broken = isinstance(e, dist.DistError) or any(words in str(e) for words in BROKEN)
-        return self.watch.found.wait(GRACE if broken else 2 * self.watch.pause) or broken
+    @contextlib.contextmanager
+    def watched(self, last_words: Callable[[str], None]) -> Iterator[None]:
+        self.watch.last_words = last_words
+        try:
+            yield
+        except RuntimeError as e:
+            if self.watch.is_to_blame(e):
+                raise RunError(self.watch.sentence()) from e
+            raise
 
     def __exit__(self, kind, e, traceback) -> None:
-        of_others = e is not None and self.is_of_others(e)
-        sentence = self.watch.sentence()
-        why = "" if e is None or of_others else first_line(e)
-        self.watch.leave(why)
         if e is None:
+            self.watch.leave()
             dist.destroy_process_group()
-        elif of_others:
-            raise RunError(sentence) from e
-
-
-# What gloo says in a plain RuntimeError when a connection breaks.
-BROKEN = ("Connection closed", "Connection reset", "Connection refused", "Broken pipe", "Timed out", "timed out", "gloo")
+            return
+        others = self.watch.is_to_blame(e)
+        self.meeting.takes_the_word()  # before the others know that this process ends
+        self.watch.leave(first_line(e))
+        if others:
+            raise RunError(self.watch.sentence()) from e
