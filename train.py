@@ -52,7 +52,7 @@ import torch.utils.checkpoint
 from support import checkpoint, cli, dry_run, figures, files, inference, machine, pretrained, record, rundir, text
 from support.bar import StepBar
 from support.cli import RunError, Stopped, StopSignals, UsageError, flag
-from support.kernels import Muon, MuonAdamW, attention_by_products, linear_cross_entropy
+from support.kernels import Muon, MuonAdamW, attention_by_products, linear_cross_entropy, updates_here
 from support.machine import Runtime
 from support.presets import OTHER_NAMES, PRESETS
 from support.rundir import RunDirectory
@@ -468,7 +468,7 @@ ARCHITECTURES = {"gpt2": lambda model_config, generator=None: GPT(GPTConfig(**mo
 # ======== Optimizer and schedule ======================================================================================
 
 
-def build_optimizer(model: GPT, config: TrainConfig) -> torch.optim.Optimizer:
+def build_optimizer(model: GPT, config: TrainConfig, muon_updates: Callable = updates_here) -> torch.optim.Optimizer:
     """AdamW (Loshchilov & Hutter 2019) with decay on matrices only, or with `--optimizer muon` Muon for the blocks'
     matrices and AdamW for the rest. A group's `rate` names the setting that is its peak learning rate."""
     kinds = model.parameter_groups()
@@ -479,7 +479,8 @@ def build_optimizer(model: GPT, config: TrainConfig) -> torch.optim.Optimizer:
     if config.optimizer == "adamw":
         return torch.optim.AdamW([matrices, embeddings, vectors], **options)
     dtype = torch.bfloat16 if machine.native_bf16(kinds["matrices"][0].device) else torch.float32
-    muon = Muon([matrices], dtype, lr=config.lr, momentum=config.beta1, weight_decay=config.weight_decay)
+    options_of_muon = {"lr": config.lr, "momentum": config.beta1, "weight_decay": config.weight_decay}
+    muon = Muon([matrices], dtype, muon_updates, **options_of_muon)
     return MuonAdamW(muon, torch.optim.AdamW([embeddings, vectors], **options))
 
 
@@ -708,7 +709,7 @@ class Trainer:
         self.origin = ""  # where weights come from that weren't drawn by seed
         self.model = self.build_model()
         machine.seed_all(config.seed, runtime.rank)
-        self.optimizer = build_optimizer(self.model, self.config)
+        self.optimizer = build_optimizer(self.model, self.config, runtime.muon_updates)
         self.scheduler = build_scheduler(self.optimizer, self.config)
         self.wrapped = runtime.wrap(self.model)  # checkpoints are made from self.model, so their names stay GPT-2's
         self.forward = machine.compiled(self.wrapped) if config.compile else self.wrapped

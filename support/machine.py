@@ -10,7 +10,7 @@ import random
 import re
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -20,6 +20,7 @@ import torch.nn as nn
 
 from support.cli import RunError, UsageError, say
 from support.files import keep_heap
+from support.kernels import updates_here
 
 # ---- processes: one, or several under torchrun ----
 
@@ -99,6 +100,10 @@ class Runtime:
     def wrap(self, model: nn.Module) -> nn.Module:
         """The model as the training step calls it."""
         return model
+
+    def muon_updates(self, matrices: Sequence, direction: Callable, dtype: torch.dtype) -> Iterator[tuple]:
+        """Muon's updates (kernels.updates_here), each matrix's by one of the processes."""
+        return updates_here(matrices, direction, dtype)
 
     @contextlib.contextmanager
     def watched(self, last_words: Callable[[str], None]):

@@ -21,6 +21,7 @@ import torch.nn as nn
 
 from support import cli
 from support.cli import RunError, UsageError, is_out_of_memory
+from support.kernels import updates_here
 from support.machine import Alone, Runtime
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -289,6 +290,12 @@ def is_running(pid: int) -> bool:
 # ---- the run itself ----
 
 
+def dealt(matrices: Sequence, hands: int) -> list[list]:
+    """Shares of about the same work: of each shape, each gets as many as the others, or one less."""
+    by_shape = sorted(matrices, key=lambda p: tuple(p.shape))
+    return [by_shape[hand::hands] for hand in range(hands)]
+
+
 class Processes(Runtime):
     """One of several processes, each with a copy of the whole model (DistributedDataParallel).
 
@@ -350,6 +357,20 @@ class Processes(Runtime):
         model.zero_grad(set_to_none=True)
         model.train(was_training)
         return wrapped
+
+    def muon_updates(self, matrices: Sequence, direction: Callable, dtype: torch.dtype) -> Iterator[tuple]:
+        """Each process makes the updates of its own share. One all-gather brings it the others'."""
+        shares = dealt(matrices, self.world_size)
+        longest = max(sum(p.numel() for p in share) for share in shares)
+        mine = torch.zeros(longest, dtype=dtype, device=self.device)
+        start = 0
+        for p, update in updates_here(shares[self.rank], direction, dtype):
+            mine[start : start + p.numel()] = update.flatten()
+            start += p.numel()
+        for share, updates in zip(shares, self.gather(mine), strict=True):
+            sizes = [p.numel() for p in share]
+            for p, update in zip(share, updates[: sum(sizes)].split(sizes), strict=True):
+                yield p, update.view_as(p)
 
     # ---- how it ends ----
 

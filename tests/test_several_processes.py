@@ -103,7 +103,7 @@ PROGRAM = """
 import json, os, sys
 import torch
 import train
-from support import inference, machine, text
+from support import inference, kernels, machine
 from support.processes import Processes
 
 rank = int(os.environ["RANK"])
@@ -128,6 +128,24 @@ with meeting.join(alone, train.TrainConfig()) as runtime:
     assert batcher.n_batches % 2 == 1
     by_two = inference.evaluate(model, runtime, batcher, 100, "proof")
     assert by_two == inference.evaluate(model, alone, batcher, 100, "proof")
+
+    # each matrix of Muon is orthogonalized by one of them: of five, three and two
+    shapes = [(4, 8), (4, 4), (4, 8), (4, 4), (4, 8)]
+    matrices = [torch.randn(shape) for shape in shapes]
+    real = kernels.orthogonalized
+    worked_on = []
+
+    def orthogonalized(stack, dtype):
+        worked_on.append(len(stack))
+        return real(stack, dtype)
+
+    kernels.orthogonalized = orthogonalized
+    updates = list(runtime.muon_updates(matrices, lambda p: p, torch.float32))
+    kernels.orthogonalized = real
+    assert sum(worked_on) == 3 - rank
+    for p, update in updates:
+        torch.testing.assert_close(update, real(p[None], torch.float32)[0])
+    assert {id(p) for p, _ in updates} == {id(p) for p in matrices}
 
 # a signal that only the second process hears
 real = train.Loop.stop_asked
