@@ -128,6 +128,7 @@ class TrainConfig:
     grad_checkpoint: bool = flag(False, "keep fewer activations, compute them again: less memory, a fifth slower")
     compile: bool = flag(False, "torch.compile: slower to start, then faster")
     deterministic: bool = flag(False, "only kernels that give the same bits each time; slower on CUDA")
+    parallel: str = flag("ddp", "each process has the model (ddp) or a part of it (fsdp)", choices=("ddp", "fsdp"))
     wait_minutes: float = flag(2.0, "of several processes: how long one may be silent before all end", above=0)
     no_mfu: bool = flag(False, "save the half second in which a CPU's limit is measured; mfu is then unknown")
 
@@ -417,10 +418,12 @@ class GPT(nn.Module):
                 x = block(x)
         return self.transformer.ln_f(x)
 
-    def forward(self, idx: torch.Tensor, targets: torch.Tensor | None = None, keep_logits: bool = True):
+    def forward(self, idx: torch.Tensor, targets: torch.Tensor | None = None, keep_logits: bool = True, cache=None):
         """idx (B, T) -> (logits (B, T, V), loss); the loss is the mean over the targets that aren't -1, in nats.
-        Training needs no logits: without them (None) it takes less memory."""
-        x = self.hidden(idx)
+        Training needs none: without logits (None) it takes less memory. With a cache they are the last position's."""
+        x = self.hidden(idx, cache)
+        if cache is not None:
+            x = x[:, -1:]
         if not keep_logits:
             loss = linear_cross_entropy(x.flatten(0, 1), self.lm_head.weight, targets.flatten())
             return None, loss
@@ -479,8 +482,7 @@ def build_optimizer(model: GPT, config: TrainConfig, muon_updates: Callable = up
     if config.optimizer == "adamw":
         return torch.optim.AdamW([matrices, embeddings, vectors], **options)
     dtype = torch.bfloat16 if machine.native_bf16(kinds["matrices"][0].device) else torch.float32
-    options_of_muon = {"lr": config.lr, "momentum": config.beta1, "weight_decay": config.weight_decay}
-    muon = Muon([matrices], dtype, muon_updates, **options_of_muon)
+    muon = Muon([matrices], dtype, muon_updates, lr=config.lr, momentum=config.beta1)
     return MuonAdamW(muon, torch.optim.AdamW([embeddings, vectors], **options))
 
 
@@ -559,12 +561,12 @@ class CheckpointWriter:
     to 12 bytes a parameter. A write that fails is logged at once and leaves the old files; the next save tries anew.
     The thread starts with the run, when there is memory for it."""
 
-    def __init__(self, run_dir: RunDirectory, before: Sequence[files.PatientFile], log, device, best: tuple):
+    def __init__(self, run_dir: RunDirectory, before: Sequence[files.PatientFile], log, copies, best: tuple):
         self.run_dir = run_dir
         self.before = before  # files that must reach the disk before a checkpoint that comes after their content
         self.log = log
         self.best = best  # what best.pt on the disk was chosen by
-        self.copies = machine.HostCopies(device)
+        self.copies = copies
         self.failure: RunError | None = None  # of the last write
         self.work = queue.SimpleQueue()
         self.idle = threading.Event()
@@ -709,9 +711,9 @@ class Trainer:
         self.origin = ""  # where weights come from that weren't drawn by seed
         self.model = self.build_model()
         machine.seed_all(config.seed, runtime.rank)
+        self.wrapped = runtime.wrap(self.model)  # checkpoints are made from self.model, so their names stay GPT-2's
         self.optimizer = build_optimizer(self.model, self.config, runtime.muon_updates)
         self.scheduler = build_scheduler(self.optimizer, self.config)
-        self.wrapped = runtime.wrap(self.model)  # checkpoints are made from self.model, so their names stay GPT-2's
         self.forward = machine.compiled(self.wrapped) if config.compile else self.wrapped
         # The latest training loss of each batch of the corpus, 0 before its first: avg_loss is their mean.
         self.losses = torch.zeros(self.batcher.n_batches, device=runtime.device)
@@ -734,7 +736,7 @@ class Trainer:
             pretrained.load_weights(model, Path(config.init_from), self.tokenizer)
             self.origin = checkpoint.origin_of(config.init_from)
         model.grad_checkpoint = config.grad_checkpoint
-        return model.to(self.runtime.device)  # made on the CPU, so that each device begins with the same weights
+        return model  # made on the CPU, so that each device begins with the same weights
 
     # ---- one step ----
 
@@ -786,7 +788,7 @@ class Trainer:
         progress = self.progress
         if scaler:
             scaler.unscale_(self.optimizer)  # the norm must be of the real gradients
-        progress.grad_norm = nn.utils.clip_grad_norm_(self.model.parameters(), self.config.clip_grad or math.inf)
+        progress.grad_norm = self.runtime.clip(self.model.parameters(), self.config.clip_grad or math.inf)
         progress.lr = self.optimizer.param_groups[0]["lr"]
         if scaler:
             scaler.step(self.optimizer)  # does nothing where a gradient isn't finite
@@ -858,11 +860,9 @@ class Trainer:
 
     def sample(self, poll: Callable[[], None]) -> list[tuple[str, str]]:
         """(prompt, continuation) of each prompt, from a random generator of its own."""
-        generator = torch.Generator().manual_seed(self.config.seed + self.progress.step)
+        rng = torch.Generator().manual_seed(self.config.seed + self.progress.step)
         prompts = self.prompts()
-        return inference.continue_prompts(
-            self.model, self.tokenizer, self.runtime, prompts, self.config, generator, poll
-        )
+        return inference.continue_prompts(self.model, self.tokenizer, self.runtime, prompts, self.config, rng, poll)
 
     # ---- checkpoints ----
 
@@ -871,7 +871,7 @@ class Trainer:
         progress = self.progress
         return {
             "format": checkpoint.FORMAT,
-            "model": self.model.state_dict(),
+            **self.runtime.whole(self.model, self.optimizer),
             "model_config": dataclasses.asdict(self.model.config),
             "config": dataclasses.asdict(self.given),
             "step": progress.step,
@@ -881,19 +881,19 @@ class Trainer:
             "corpus_sha256": self.corpus.sha256,
             "origin": self.origin,
             "progress": progress.state_dict(),
-            "optimizer": self.optimizer.state_dict(),
             "scheduler": self.scheduler.state_dict(),
             # A scaler that isn't used has an empty state, which can't be loaded.
             "scaler": self.runtime.scaler.state_dict() if self.runtime.scaler else None,
             "batcher": self.batcher.state_dict(),
             "rng": self.runtime.gather(machine.rng_state(self.runtime.device)),
-            "losses": self.losses.cpu(),
+            "losses": self.losses.to("cpu", copy=True),
             "made_on": self.runtime.describe(),
         }
 
     def load_state_dict(self, state: dict) -> None:
         """Goes back to where `state` was taken. Raises UsageError if settings that must stay have changed."""
         checkpoint.check_same_run(state, dataclasses.asdict(self.given), self.corpus)
+        state = self.runtime.cut(state, self.model, self.optimizer)
         self.model.load_state_dict(state["model"])
         checkpoint.load_optimizer(self.optimizer, state["optimizer"])
         if self.runtime.scaler and state["scaler"]:
@@ -925,7 +925,7 @@ class Loop:
         self.metrics = MetricsCSV(run_dir, log, fields)
         self.samples = SamplesFile(run_dir, log)
         before = [self.metrics.file, self.samples.file]
-        self.checkpoints = CheckpointWriter(run_dir, before, log, self.runtime.device, self.progress.best_saved)
+        self.checkpoints = CheckpointWriter(run_dir, before, log, self.runtime.host_copies(), self.progress.best_saved)
         self.board = rundir.NoBoard()
         self.record = record.RunRecord(trainer, run_dir, command)
         self.started_at = self.progress.step
@@ -1200,16 +1200,16 @@ class Loop:
 
 
 def train(config: TrainConfig, command: str = "", meeting: machine.Alone | None = None) -> dict:
-    """Trains as configured and returns what run.json then says; `command` goes into it. Several processes come from
-    their `meeting`.
+    """Trains as configured and returns what run.json then says; `command` goes into it. Processes come from `meeting`.
 
     Raises UsageError, before anything is written, for settings or input that can't work; RunError for a fault later."""
     config.validate()
     alone = machine.start_runtime(config.device, config.amp, config.deterministic)
     with (meeting or machine.meet()).join(alone, config) as runtime:
         with runtime.first_one_first():  # the others find the tokens in the cache
-            keep = not config.dry_run
-            tokenizer, corpus = text.load_text(config.input_file, config.tokenizer, config.cache_dir, keep)
+            tokenizer, corpus = text.load_text(
+                config.input_file, config.tokenizer, config.cache_dir, not config.dry_run
+            )
         runtime.check_alike({"the text's SHA-256": corpus.sha256})
         trainer = Trainer(config, corpus, tokenizer, runtime)
         if config.dry_run:
@@ -1289,15 +1289,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     words = sys.argv[1:] if argv is None else list(argv)
     if "-h" in words or "--help" in words:
         build_parser().parse_args(["--help"])  # prints, and ends the program
-
     meeting = machine.meet()
 
     def body() -> int:
         config = meeting.agreed(lambda: config_from_flags(words))
         return train(config, shlex.join(["python", "train.py", *words]), meeting)["exit_code"]
 
-    when_memory_is_full = "lower --batch_size or --seq_len, or add --grad_checkpoint"
-    return cli.run_program("train.py", body, when_memory_is_full, meeting.say)
+    return cli.run_program("train.py", body, "lower --batch_size or --seq_len, or add --grad_checkpoint", meeting.say)
 
 
 if __name__ == "__main__":

@@ -51,8 +51,8 @@ def stream(
             fresh = rows
             cache = model.new_cache()
         with sdpa_kernel(ATTENTION):
-            logits = model.lm_head(model.hidden(fresh, cache)[:, -1])
-        fresh = pick_token(logits.float().cpu(), temperature, top_k, generator, top_p).to(idx.device)
+            logits, _ = model(fresh, cache=cache)
+        fresh = pick_token(logits[:, -1].float().cpu(), temperature, top_k, generator, top_p).to(idx.device)
         rows = torch.cat((rows, fresh), dim=1)
         yield fresh
 

@@ -64,6 +64,7 @@ class Runtime:
     rank: int = 0
     world_size: int = 1
 
+    parts = 1  # into which weights, gradients and averages are cut
     talk_is_free = True  # a verb costs nothing, since nobody has to be waited for
 
     def first(self, value):
@@ -98,8 +99,23 @@ class Runtime:
         """Raises UsageError where the processes haven't the same values, of plain types."""
 
     def wrap(self, model: nn.Module) -> nn.Module:
-        """The model as the training step calls it."""
-        return model
+        """The model on its device, as the training step calls it. Comes before the optimizer."""
+        return model.to(self.device)
+
+    def clip(self, parameters: Iterator[nn.Parameter], most: float) -> torch.Tensor:
+        """Scales the gradients down to a norm of at most so much. Returns what the norm was."""
+        return nn.utils.clip_grad_norm_(parameters, most)
+
+    def whole(self, model: nn.Module, optimizer: torch.optim.Optimizer) -> dict:
+        """The part of a checkpoint that has weights and averages."""
+        return {"model": model.state_dict(), "optimizer": optimizer.state_dict()}
+
+    def cut(self, state: dict, model: nn.Module, optimizer: torch.optim.Optimizer) -> dict:
+        """A checkpoint, as this process's model and optimizer can load it."""
+        return state
+
+    def host_copies(self) -> HostCopies:
+        return HostCopies(self.device)
 
     def muon_updates(self, matrices: Sequence, direction: Callable, dtype: torch.dtype) -> Iterator[tuple]:
         """Muon's updates (kernels.updates_here), each matrix's by one of the processes."""
@@ -313,14 +329,17 @@ def memory_of(device: torch.device) -> int | None:
 def memory_needs(runtime: Runtime, parameters: int, saved: int, activations: int) -> dict[str, int]:
     """What training takes at least, in bytes, by what for: `saved` is of what last.pt holds, `activations` of what is
     kept for the gradients."""
-    needs = {"weights, gradients and optimizer": saved + 4 * parameters, "activations": activations}
+    fixed = (saved + 4 * parameters) // runtime.parts
+    needs = {"weights, gradients and optimizer": fixed, "activations": activations}
     if runtime.device.type == "cpu":
-        needs["the copy that is written as last.pt"] = saved
+        needs["the copy that is written as last.pt"] = saved // runtime.parts  # of a model in parts, one process has it
     return needs
 
 
 def check_memory(runtime: Runtime, parameters: int, saved: int, activations: int) -> None:
-    """Raises UsageError where training clearly can't fit (see memory_needs)."""
+    """Raises UsageError where training clearly can't fit (see memory_needs), or where its checkpoint, which the first
+    process gathers of a model in parts, doesn't fit into that one's memory."""
+    check_host_memory(runtime, saved)
     has = memory_of(runtime.device)
     needs = memory_needs(runtime, parameters, saved, activations)
     processes = int(os.environ.get("LOCAL_WORLD_SIZE", 1)) if runtime.device.type == "cpu" else 1
@@ -340,6 +359,15 @@ def check_memory(runtime: Runtime, parameters: int, saved: int, activations: int
         f"training {parameters:,} parameters takes at least {needed / 1e9:,.1f} GB ({parts}), and this {machine} has"
         f" {has / 1e9:,.1f} GB: {remedy}"
     )
+
+
+def check_host_memory(runtime: Runtime, saved: int) -> None:
+    there = memory_of(torch.device("cpu"))
+    if runtime.parts > 1 and there and saved > there:
+        raise UsageError(
+            f"the first process gathers last.pt, which takes {saved / 1e9:,.1f} GB (12 bytes a parameter with AdamW),"
+            f" and its machine has {there / 1e9:,.1f} GB: start that process on a larger machine, or choose a smaller model"
+        )
 
 
 class HostCopies:
@@ -366,9 +394,13 @@ class HostCopies:
             return {key: self.copy(value) for key, value in content.items()}
         if isinstance(content, list | tuple):
             return type(content)(self.copy(value) for value in content)
-        if not isinstance(content, torch.Tensor):
-            return content
-        if content.numel() < 1 << 18:  # not worth a buffer
+        return self.copy_tensor(content) if isinstance(content, torch.Tensor) else content
+
+    def is_large(self, content: torch.Tensor) -> bool:
+        return content.numel() >= 1 << 18  # worth a buffer
+
+    def copy_tensor(self, content: torch.Tensor) -> torch.Tensor:
+        if not self.is_large(content):
             return content.detach().cpu().clone()
         key = (content.data_ptr(), content.shape, content.dtype)  # tied tensors share a buffer
         if key not in self.buffers:

@@ -96,7 +96,11 @@ class Meeting(Alone):
         return settings
 
     def join(self, alone: Runtime, settings) -> Runtime:
-        return Processes(alone, self, settings.wait_minutes)
+        if settings.parallel == "ddp":
+            return Processes(alone, self, settings.wait_minutes)
+        from support.sharding import Sharded
+
+        return Sharded(alone, self, settings.wait_minutes)
 
     def takes_the_word(self) -> bool:
         """Is this the process that says how the run ended? The first one that asks is."""
@@ -348,7 +352,7 @@ class Processes(Runtime):
         """After its first step, DistributedDataParallel sorts the gradients anew into what travels together, and with
         three processes or more other sums round differently. So a first pass is made here, of one token, and a run that
         is resumed rounds as one that never stopped."""
-        wrapped = nn.parallel.DistributedDataParallel(model)
+        wrapped = nn.parallel.DistributedDataParallel(model.to(self.device))
         was_training = model.training
         model.eval()  # draws nothing from the random generators
         token = torch.zeros(1, 1, dtype=torch.long, device=self.device)
