@@ -985,8 +985,7 @@ class Loop:
         causality = inference.check_causality(trainer.model, self.runtime, config.seq_len)  # may change the precision
         rows = config.batch_size * config.seq_len
         self.limit = machine.Limit(self.runtime, trainer.model, rows, measured=not config.no_mfu)
-        last_pt_bytes = saved_bytes(trainer.model, config.optimizer)
-        for line in record.opening(trainer, self.limit, causality, last_pt_bytes):
+        for line in record.opening(trainer, self.limit, causality, saved_bytes(trainer.model, config.optimizer)):
             self.log.info(line)
         for note in notes:
             self.log.info(note)
@@ -1000,8 +999,7 @@ class Loop:
         epoch_length = 0.0
         if config.epochs:
             epoch_length = config.steps_per_epoch or self.trainer.batcher.n_batches / self.trainer.batches_per_step
-        enabled = self.runtime.rank == 0
-        with contextlib.closing(StepBar(config.steps, progress.step, epoch_length, enabled)) as bar:
+        with contextlib.closing(StepBar(config.steps, progress.step, epoch_length, self.runtime.rank == 0)) as bar:
             # A resumed run may have been cut off after a step, before all that the step leads to was done.
             ended = self.after_step(bar) if progress.step else ""
             while not ended:
@@ -1207,9 +1205,8 @@ def train(config: TrainConfig, command: str = "", meeting: machine.Alone | None 
     alone = machine.start_runtime(config.device, config.amp, config.deterministic)
     with (meeting or machine.meet()).join(alone, config) as runtime:
         with runtime.first_one_first():  # the others find the tokens in the cache
-            tokenizer, corpus = text.load_text(
-                config.input_file, config.tokenizer, config.cache_dir, not config.dry_run
-            )
+            keep = not config.dry_run
+            tokenizer, corpus = text.load_text(config.input_file, config.tokenizer, config.cache_dir, keep)
         runtime.check_alike({"the text's SHA-256": corpus.sha256})
         trainer = Trainer(config, corpus, tokenizer, runtime)
         if config.dry_run:

@@ -366,7 +366,7 @@ def check_host_memory(runtime: Runtime, saved: int) -> None:
     if runtime.parts > 1 and there and saved > there:
         raise UsageError(
             f"the first process gathers last.pt, which takes {saved / 1e9:,.1f} GB (12 bytes a parameter with AdamW),"
-            f" and its machine has {there / 1e9:,.1f} GB: start that process on a larger machine, or choose a smaller model"
+            f" and its machine has {there / 1e9:,.1f} GB: start it on a larger machine, or choose a smaller model"
         )
 
 
