@@ -46,7 +46,7 @@ class Meeting(Alone):
         self.world_size = int(os.environ["WORLD_SIZE"])
         self.speaks: bool | None = None  # None: not asked yet
         Meeting.meetings += 1
-        self.name = f"start {os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}, meeting {Meeting.meetings}"
+        self.name = f"start {starts()}, meeting {Meeting.meetings}"
 
     @functools.cached_property
     def store(self) -> dist.Store:
@@ -116,12 +116,21 @@ class Meeting(Alone):
             cli.say(name, sentence)
 
 
+def on_several_machines() -> bool:
+    return int(os.environ.get("GROUP_WORLD_SIZE", 1)) > 1
+
+
+def starts() -> int:
+    """How often all processes were started anew. On several machines each torchrun counts for itself, so it is no name
+    to meet by."""
+    return 0 if on_several_machines() else int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0))
+
+
 def check_restarts() -> None:
-    """Raises UsageError for restarts on several machines with a store that outlives them: there, unlike on one machine,
-    the processes don't count the restarts alike, so nothing keeps the addresses of the dead apart."""
-    several = int(os.environ.get("GROUP_WORLD_SIZE", 1)) > 1
+    """Raises UsageError for restarts on several machines with a store that outlives them: there, nothing keeps the
+    addresses of the dead apart."""
     restarts = int(os.environ.get("TORCHELASTIC_MAX_RESTARTS", 0)) > 0
-    if several and restarts and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
+    if on_several_machines() and restarts and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
         raise UsageError(
             "max_restarts on several machines needs TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 in the environment of each"
             " torchrun, with --rdzv_backend c10d: set it, or leave --max_restarts out"
@@ -241,7 +250,7 @@ class Watch:
         return self.store.compare_set("lost", "", problem).decode()
 
     def sentence(self) -> str:
-        what = self.lost or "doesn't answer"
+        what = self.lost or "has ended or can't be reached"
         return f"another process of this run {what}; {REMEDY}"
 
     def is_to_blame(self, e: BaseException) -> bool:
