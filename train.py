@@ -52,7 +52,7 @@ import torch.utils.checkpoint
 from support import checkpoint, cli, dry_run, figures, files, inference, machine, pretrained, record, rundir, text
 from support.bar import StepBar
 from support.cli import RunError, Stopped, StopSignals, UsageError, flag
-from support.kernels import Muon, MuonAdamW, attention_by_products, linear_cross_entropy
+from support.kernels import Muon, MuonAdamW, attention_by_products, linear_cross_entropy, updates_here
 from support.machine import Runtime
 from support.presets import OTHER_NAMES, PRESETS
 from support.rundir import RunDirectory
@@ -128,6 +128,8 @@ class TrainConfig:
     grad_checkpoint: bool = flag(False, "keep fewer activations, compute them again: less memory, a fifth slower")
     compile: bool = flag(False, "torch.compile: slower to start, then faster")
     deterministic: bool = flag(False, "only kernels that give the same bits each time; slower on CUDA")
+    parallel: str = flag("ddp", "each process has the model (ddp) or a part of it (fsdp)", choices=("ddp", "fsdp"))
+    wait_minutes: float = flag(2.0, "of several processes: how long one may be silent before all end", above=0)
     no_mfu: bool = flag(False, "save the half second in which a CPU's limit is measured; mfu is then unknown")
 
     def validate(self) -> None:
@@ -416,10 +418,12 @@ class GPT(nn.Module):
                 x = block(x)
         return self.transformer.ln_f(x)
 
-    def forward(self, idx: torch.Tensor, targets: torch.Tensor | None = None, keep_logits: bool = True):
+    def forward(self, idx: torch.Tensor, targets: torch.Tensor | None = None, keep_logits: bool = True, cache=None):
         """idx (B, T) -> (logits (B, T, V), loss); the loss is the mean over the targets that aren't -1, in nats.
-        Training needs no logits: without them (None) it takes less memory."""
-        x = self.hidden(idx)
+        Training needs none: without logits (None) it takes less memory. With a cache they are the last position's."""
+        x = self.hidden(idx, cache)
+        if cache is not None:
+            x = x[:, -1:]
         if not keep_logits:
             loss = linear_cross_entropy(x.flatten(0, 1), self.lm_head.weight, targets.flatten())
             return None, loss
@@ -467,7 +471,7 @@ ARCHITECTURES = {"gpt2": lambda model_config, generator=None: GPT(GPTConfig(**mo
 # ======== Optimizer and schedule ======================================================================================
 
 
-def build_optimizer(model: GPT, config: TrainConfig) -> torch.optim.Optimizer:
+def build_optimizer(model: GPT, config: TrainConfig, muon_updates: Callable = updates_here) -> torch.optim.Optimizer:
     """AdamW (Loshchilov & Hutter 2019) with decay on matrices only, or with `--optimizer muon` Muon for the blocks'
     matrices and AdamW for the rest. A group's `rate` names the setting that is its peak learning rate."""
     kinds = model.parameter_groups()
@@ -478,7 +482,7 @@ def build_optimizer(model: GPT, config: TrainConfig) -> torch.optim.Optimizer:
     if config.optimizer == "adamw":
         return torch.optim.AdamW([matrices, embeddings, vectors], **options)
     dtype = torch.bfloat16 if machine.native_bf16(kinds["matrices"][0].device) else torch.float32
-    muon = Muon([matrices], dtype, lr=config.lr, momentum=config.beta1, weight_decay=config.weight_decay)
+    muon = Muon([matrices], dtype, muon_updates, lr=config.lr, momentum=config.beta1)
     return MuonAdamW(muon, torch.optim.AdamW([embeddings, vectors], **options))
 
 
@@ -557,12 +561,12 @@ class CheckpointWriter:
     to 12 bytes a parameter. A write that fails is logged at once and leaves the old files; the next save tries anew.
     The thread starts with the run, when there is memory for it."""
 
-    def __init__(self, run_dir: RunDirectory, before: Sequence[files.PatientFile], log, device, best: tuple):
+    def __init__(self, run_dir: RunDirectory, before: Sequence[files.PatientFile], log, copies, best: tuple):
         self.run_dir = run_dir
         self.before = before  # files that must reach the disk before a checkpoint that comes after their content
         self.log = log
         self.best = best  # what best.pt on the disk was chosen by
-        self.copies = machine.HostCopies(device)
+        self.copies = copies
         self.failure: RunError | None = None  # of the last write
         self.work = queue.SimpleQueue()
         self.idle = threading.Event()
@@ -707,9 +711,9 @@ class Trainer:
         self.origin = ""  # where weights come from that weren't drawn by seed
         self.model = self.build_model()
         machine.seed_all(config.seed, runtime.rank)
-        self.optimizer = build_optimizer(self.model, self.config)
-        self.scheduler = build_scheduler(self.optimizer, self.config)
         self.wrapped = runtime.wrap(self.model)  # checkpoints are made from self.model, so their names stay GPT-2's
+        self.optimizer = build_optimizer(self.model, self.config, runtime.muon_updates)
+        self.scheduler = build_scheduler(self.optimizer, self.config)
         self.forward = machine.compiled(self.wrapped) if config.compile else self.wrapped
         # The latest training loss of each batch of the corpus, 0 before its first: avg_loss is their mean.
         self.losses = torch.zeros(self.batcher.n_batches, device=runtime.device)
@@ -732,7 +736,7 @@ class Trainer:
             pretrained.load_weights(model, Path(config.init_from), self.tokenizer)
             self.origin = checkpoint.origin_of(config.init_from)
         model.grad_checkpoint = config.grad_checkpoint
-        return model.to(self.runtime.device)  # made on the CPU, so that each device begins with the same weights
+        return model  # made on the CPU, so that each device begins with the same weights
 
     # ---- one step ----
 
@@ -784,7 +788,7 @@ class Trainer:
         progress = self.progress
         if scaler:
             scaler.unscale_(self.optimizer)  # the norm must be of the real gradients
-        progress.grad_norm = nn.utils.clip_grad_norm_(self.model.parameters(), self.config.clip_grad or math.inf)
+        progress.grad_norm = self.runtime.clip(self.model.parameters(), self.config.clip_grad or math.inf)
         progress.lr = self.optimizer.param_groups[0]["lr"]
         if scaler:
             scaler.step(self.optimizer)  # does nothing where a gradient isn't finite
@@ -856,11 +860,9 @@ class Trainer:
 
     def sample(self, poll: Callable[[], None]) -> list[tuple[str, str]]:
         """(prompt, continuation) of each prompt, from a random generator of its own."""
-        generator = torch.Generator().manual_seed(self.config.seed + self.progress.step)
+        rng = torch.Generator().manual_seed(self.config.seed + self.progress.step)
         prompts = self.prompts()
-        return inference.continue_prompts(
-            self.model, self.tokenizer, self.runtime, prompts, self.config, generator, poll
-        )
+        return inference.continue_prompts(self.model, self.tokenizer, self.runtime, prompts, self.config, rng, poll)
 
     # ---- checkpoints ----
 
@@ -869,7 +871,7 @@ class Trainer:
         progress = self.progress
         return {
             "format": checkpoint.FORMAT,
-            "model": self.model.state_dict(),
+            **self.runtime.whole(self.model, self.optimizer),
             "model_config": dataclasses.asdict(self.model.config),
             "config": dataclasses.asdict(self.given),
             "step": progress.step,
@@ -879,19 +881,19 @@ class Trainer:
             "corpus_sha256": self.corpus.sha256,
             "origin": self.origin,
             "progress": progress.state_dict(),
-            "optimizer": self.optimizer.state_dict(),
             "scheduler": self.scheduler.state_dict(),
             # A scaler that isn't used has an empty state, which can't be loaded.
             "scaler": self.runtime.scaler.state_dict() if self.runtime.scaler else None,
             "batcher": self.batcher.state_dict(),
             "rng": self.runtime.gather(machine.rng_state(self.runtime.device)),
-            "losses": self.losses.cpu(),
+            "losses": self.losses.to("cpu", copy=True),
             "made_on": self.runtime.describe(),
         }
 
     def load_state_dict(self, state: dict) -> None:
         """Goes back to where `state` was taken. Raises UsageError if settings that must stay have changed."""
         checkpoint.check_same_run(state, dataclasses.asdict(self.given), self.corpus)
+        state = self.runtime.cut(state, self.model, self.optimizer)
         self.model.load_state_dict(state["model"])
         checkpoint.load_optimizer(self.optimizer, state["optimizer"])
         if self.runtime.scaler and state["scaler"]:
@@ -923,7 +925,7 @@ class Loop:
         self.metrics = MetricsCSV(run_dir, log, fields)
         self.samples = SamplesFile(run_dir, log)
         before = [self.metrics.file, self.samples.file]
-        self.checkpoints = CheckpointWriter(run_dir, before, log, self.runtime.device, self.progress.best_saved)
+        self.checkpoints = CheckpointWriter(run_dir, before, log, self.runtime.host_copies(), self.progress.best_saved)
         self.board = rundir.NoBoard()
         self.record = record.RunRecord(trainer, run_dir, command)
         self.started_at = self.progress.step
@@ -940,27 +942,34 @@ class Loop:
         """Trains to the end, whatever it is, and returns what run.json then says. `notes` are for the log's opening.
         Raises RunError on a fault."""
         try:
-            self.open_files(notes)
-            ended = record.how_it_ended(self.trainer, self.runtime.first(self.run_dir.read_record()))
-            if ended:
-                self.log.info(f"Nothing to do: this run has ended ({ended}); to go on, give {record.REMEDIES[ended]}")
-                return self.record.content("nothing to do", self.clock.seconds())
-            self.record.write(None, self.clock.seconds())
-            try:
-                ended = self.finish(self.train_steps())
-            except Stopped:
-                ended = self.finish("interrupted")
+            with self.runtime.watched(self.fail):
+                ended = self.run_open(notes)
         except BaseException as e:
-            why = str(e) if isinstance(e, RunError) else f"{type(e).__name__}: {e}"
-            ended = f"failed: {why}"
-            self.log.error(ended)
-            with contextlib.suppress(OSError):  # the disk may be what failed
-                self.record.write(ended, self.clock.seconds())
+            self.fail(str(e) if isinstance(e, RunError) else f"{type(e).__name__}: {e}")
             raise
         finally:
             self.checkpoints.close()
             self.board.close()
         return self.record.write(ended, self.clock.seconds(), self.stop.signum)
+
+    def run_open(self, notes: Sequence[str]) -> str:
+        """Returns how the run ended."""
+        self.open_files(notes)
+        before = record.how_it_ended(self.trainer, self.runtime.first(self.run_dir.read_record()))
+        if before:
+            self.log.info(f"Nothing to do: this run has ended ({before}); to go on, give {record.REMEDIES[before]}")
+            return "nothing to do"
+        self.record.write(None, self.clock.seconds())
+        try:
+            return self.finish(self.train_steps())
+        except Stopped:
+            return self.finish("interrupted")
+
+    def fail(self, why: str) -> None:
+        """Says in log and run.json that the run failed."""
+        self.log.error(f"failed: {why}")
+        with contextlib.suppress(OSError):  # the disk may be what failed
+            self.record.write(f"failed: {why}", self.clock.seconds())
 
     def open_files(self, notes: Sequence[str]) -> None:
         """Takes rows and samples back to where the run is, and opens the log."""
@@ -976,8 +985,7 @@ class Loop:
         causality = inference.check_causality(trainer.model, self.runtime, config.seq_len)  # may change the precision
         rows = config.batch_size * config.seq_len
         self.limit = machine.Limit(self.runtime, trainer.model, rows, measured=not config.no_mfu)
-        last_pt_bytes = saved_bytes(trainer.model, config.optimizer)
-        for line in record.opening(trainer, self.limit, causality, last_pt_bytes):
+        for line in record.opening(trainer, self.limit, causality, saved_bytes(trainer.model, config.optimizer)):
             self.log.info(line)
         for note in notes:
             self.log.info(note)
@@ -991,8 +999,7 @@ class Loop:
         epoch_length = 0.0
         if config.epochs:
             epoch_length = config.steps_per_epoch or self.trainer.batcher.n_batches / self.trainer.batches_per_step
-        enabled = self.runtime.rank == 0
-        with contextlib.closing(StepBar(config.steps, progress.step, epoch_length, enabled)) as bar:
+        with contextlib.closing(StepBar(config.steps, progress.step, epoch_length, self.runtime.rank == 0)) as bar:
             # A resumed run may have been cut off after a step, before all that the step leads to was done.
             ended = self.after_step(bar) if progress.step else ""
             while not ended:
@@ -1190,16 +1197,17 @@ class Loop:
             self.checkpoints.save(state, best)
 
 
-def train(config: TrainConfig, command: str = "") -> dict:
-    """Trains as configured and returns what run.json then says; `command` goes into it.
+def train(config: TrainConfig, command: str = "", meeting: machine.Alone | None = None) -> dict:
+    """Trains as configured and returns what run.json then says; `command` goes into it. Processes come from `meeting`.
 
     Raises UsageError, before anything is written, for settings or input that can't work; RunError for a fault later."""
     config.validate()
-    runtime = machine.start_runtime(config.device, config.amp, config.deterministic)
-    try:
+    alone = machine.start_runtime(config.device, config.amp, config.deterministic)
+    with (meeting or machine.meet()).join(alone, config) as runtime:
         with runtime.first_one_first():  # the others find the tokens in the cache
             keep = not config.dry_run
             tokenizer, corpus = text.load_text(config.input_file, config.tokenizer, config.cache_dir, keep)
+        runtime.check_alike({"the text's SHA-256": corpus.sha256})
         trainer = Trainer(config, corpus, tokenizer, runtime)
         if config.dry_run:
             lines = list(dry_run.describe(trainer, saved_bytes(trainer.model, config.optimizer)))
@@ -1213,15 +1221,12 @@ def train(config: TrainConfig, command: str = "") -> dict:
             if runtime.rank == 0:
                 held.enter_context(run_dir.lock())  # before loading: what a run that still writes has now is soon old
                 run_dir.check_space(28 * sum(p.numel() for p in trainer.model.parameters()))
-            path, notes = run_dir.resume(trainer)
-            runtime.wait()  # all have read it before it changes its name
+            path, notes = run_dir.resume(trainer)  # all have read it before it changes its name
             if runtime.rank == 0:
                 run_dir.prepare(config.overwrite, path)
             log = held.enter_context(rundir.open_log(run_dir, enabled=runtime.rank == 0))
             stop = held.enter_context(StopSignals())
             return Loop(trainer, run_dir, log, stop, command).run(notes)
-    finally:
-        runtime.close()
 
 
 # ======== Command line ================================================================================================
@@ -1261,7 +1266,7 @@ def base_settings(given: dict) -> dict:
     checkpoint's settings. Raises UsageError or RunError for a place that can't be read."""
     base = dict(PRESETS.get(given.get("preset"), {}))
     out_dir = given.get("out_dir") or base.get("out_dir") or TrainConfig.out_dir
-    saved = RunDirectory(out_dir).saved_settings(given.get("resume", ""))
+    saved = RunDirectory(out_dir).saved_settings(given.get("resume", ""), "grad_accum" in given)
     if saved:
         base = {name: value for name, value in saved.items() if name in FIELDS}
     elif given.get("init_from"):
@@ -1281,11 +1286,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     words = sys.argv[1:] if argv is None else list(argv)
     if "-h" in words or "--help" in words:
         build_parser().parse_args(["--help"])  # prints, and ends the program
+    meeting = machine.meet()
 
     def body() -> int:
-        return train(config_from_flags(words), shlex.join(["python", "train.py", *words]))["exit_code"]
+        config = meeting.agreed(lambda: config_from_flags(words))
+        return train(config, shlex.join(["python", "train.py", *words]), meeting)["exit_code"]
 
-    return cli.run_program("train.py", body, "lower --batch_size or --seq_len, or add --grad_checkpoint")
+    return cli.run_program("train.py", body, "lower --batch_size or --seq_len, or add --grad_checkpoint", meeting.say)
 
 
 if __name__ == "__main__":

@@ -45,7 +45,16 @@ class Stopped(Exception):
     """A signal asked for the end in the middle of a proof or a sample."""
 
 
-def run_program(name: str, body: Callable[[], int], when_memory_is_full: str) -> int:
+def say(name: str, sentence: str) -> None:
+    """A sentence on stderr, which may be closed, or None as under pythonw."""
+    with contextlib.suppress(OSError, AttributeError):
+        printable = sentence.encode(errors="backslashreplace").decode()
+        print(f"{name}: {printable}", file=sys.stderr, flush=True)
+
+
+def run_program(
+    name: str, body: Callable[[], int], when_memory_is_full: str, say: Callable[[str, str], None] = say
+) -> int:
     """Calls `body` and returns its exit code. Every known fault becomes one sentence on stderr and a code of its own:
     1 a fault while running, 2 unusable flags or input, 130 Ctrl-C. A fault that nobody foresaw keeps its traceback."""
     try:
@@ -77,13 +86,6 @@ def is_out_of_memory(e: Exception) -> bool:
     words = str(e).lower()
     told = ("can't allocate memory", "cannot allocate memory", "out of memory")
     return isinstance(e, MemoryError) or any(one in words for one in told)
-
-
-def say(name: str, sentence: str) -> None:
-    """A sentence on stderr, which may be closed, or None as under pythonw."""
-    with contextlib.suppress(OSError, AttributeError):
-        printable = sentence.encode(errors="backslashreplace").decode()
-        print(f"{name}: {printable}", file=sys.stderr, flush=True)
 
 
 def duration(seconds: float) -> str:

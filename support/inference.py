@@ -52,8 +52,8 @@ def stream(
             fresh = rows
             cache = model.new_cache()
         with sdpa_kernel(ATTENTION):
-            logits = model.lm_head(model.hidden(fresh, cache)[:, -1])
-        fresh = pick_token(logits.float().cpu(), temperature, top_k, generator, top_p).to(idx.device)
+            logits, _ = model(fresh, cache=cache)
+        fresh = pick_token(logits[:, -1].float().cpu(), temperature, top_k, generator, top_p).to(idx.device)
         rows = torch.cat((rows, fresh), dim=1)
         yield fresh
 
@@ -112,24 +112,28 @@ def continue_prompts(
 @torch.no_grad()
 def evaluate(model, runtime: Runtime, batcher, count: int, name: str, poll=do_nothing) -> float:
     """Mean loss in nats per token over the first `count` of a TokenBatcher's batches, in eval mode, each target counted
-    once. The processes share the batches."""
+    once. The processes share the batches, and add up their losses in order: so any number of them gets the same."""
     model.eval()
+    count = min(count, batcher.n_batches)
+    losses = []
+    rounds = range(0, count, runtime.world_size)
+    for first in tqdm(rounds, desc=name, leave=False, disable=no_bar(runtime.rank == 0)):
+        poll()
+        i = min(first + runtime.rank, count - 1)  # all processes have as many rounds; a batch too many isn't counted
+        idx, targets = batcher.batch(i)
+        # -1: what the batch before has counted
+        repeated = torch.arange(batcher.repeated(i), device=targets.device)
+        with runtime.autocast():
+            _, loss = model(idx, targets.flatten().index_fill(0, repeated, -1), keep_logits=False)
+        losses.append(loss.item())
     total = 0.0
     targets_seen = 0
-    mine = range(runtime.rank, min(count, batcher.n_batches), runtime.world_size)
-    for i in tqdm(mine, desc=name, leave=False, disable=no_bar(runtime.rank == 0)):
-        poll()
-        idx, targets = batcher.batch(i)
-        repeated = batcher.repeated(i)
-        counted = batcher.batch_tokens - repeated
-        # -1: what the batch before has counted
-        targets = targets.flatten().index_fill(0, torch.arange(repeated, device=targets.device), -1)
-        with runtime.autocast():
-            _, loss = model(idx, targets, keep_logits=False)
-        total += loss.item() * counted
+    everyones = runtime.gather(losses)
+    for i in range(count):
+        counted = batcher.batch_tokens - batcher.repeated(i)
+        total += everyones[i % runtime.world_size][i // runtime.world_size] * counted
         targets_seen += counted
-    totals, counts = zip(*runtime.gather((total, targets_seen)), strict=True)
-    return sum(totals) / sum(counts)
+    return total / targets_seen
 
 
 # ---- what is known by heart ----

@@ -236,8 +236,10 @@ class RunRecord:
         return as_json(record)
 
     def write(self, ended: str | None, seconds: float, signum: int = 0) -> dict:
-        """Writes it, and returns what it says. Raises OSError."""
+        """Writes it, if something was done, and returns what it says. Raises OSError."""
         record = self.content(ended, seconds, signum)
+        if ended == "nothing to do":
+            return record
         first = self.run_dir.read_record()
         if self.resumed and first:
             record |= {key: first[key] for key in ("command", "start") if key in first}

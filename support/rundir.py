@@ -26,7 +26,7 @@ from tqdm import tqdm
 from support.checkpoint import changes_since, load_checkpoint
 from support.cli import DamagedError, RunError, UsageError, is_out_of_memory, say
 from support.files import atomic_write, lock_file, odd_kind, replace
-from support.machine import machine_problems
+from support.machine import machine_problems, shared_grad_accum
 from support.text import input_problems
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -190,8 +190,10 @@ class RunDirectory:
             raise problem
         return None
 
-    def saved_settings(self, resume: str) -> dict:
-        """The settings of the run that `--resume` means, {} where there is none; its folder is what out_dir says."""
+    def saved_settings(self, resume: str, accumulates: bool = False) -> dict:
+        """The settings of the run that `--resume` means, {} where there is none; its folder is what out_dir says.
+        Another number of processes keeps the tokens of a step, unless a flag says how the run `accumulates` them.
+        Raises UsageError where that can't be."""
         found = self.find_checkpoint(resume, lazy=True)
         if not found:
             return {}
@@ -199,12 +201,15 @@ class RunDirectory:
         settings = {name: value for name, value in state["config"].items() if name not in ONE_START}
         folder = path.parent if path.parent.name else path.absolute().parent  # "last.pt" alone has no parents
         settings["out_dir"] = str(folder.parent if folder.absolute().name == "checkpoints" else self.root)
+        if not accumulates:
+            settings["grad_accum"] = shared_grad_accum(state["made_on"]["processes"], state["config"]["grad_accum"])
         return settings
 
     def resume(self, trainer) -> tuple[Path | None, list[str]]:
         """Brings train.py's Trainer to the checkpoint that its `--resume` means. Returns the checkpoint's path, None
         where there is none, and what the log should say. Raises UsageError or RunError for one that won't do."""
         found = self.find_checkpoint(trainer.given.resume)
+        trainer.runtime.check_alike({"the step to go on from": found[1]["step"] if found else 0})
         if not found:
             return None, []
         path, state, problem = found

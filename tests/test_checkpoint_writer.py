@@ -40,7 +40,7 @@ def writer(tmp_path):
     run_dir = RunDirectory(tmp_path)
     run_dir.prepare(overwrite=False, resumed=None)
     before = [PatientFile(run_dir.metrics, pytest.fail)]
-    writer = train.CheckpointWriter(run_dir, before, logging.Logger("test"), torch.device("cpu"), best=9.0)
+    writer = train.CheckpointWriter(run_dir, before, logging.Logger("test"), HostCopies(torch.device("cpu")), best=9.0)
     yield writer
     writer.close()
 
