@@ -80,6 +80,7 @@ class TrainConfig:
     )
     cache_dir: str = flag("", "where token ids are kept between runs (default: the user's cache folder)")
     randomize_batches: bool = flag(False, "shuffle the order of the batches anew each pass")
+    shift_windows: bool = flag(False, "let the windows begin at other places in each pass")
     val_fraction: float = flag(0.0, "share of the text, at its end, that is held out of training", least=0, below=1)
 
     block_size: int = flag(1024, "context: the longest sequence that the model can read", "Model", least=1, below=2**20)
@@ -202,10 +203,14 @@ class TokenBatcher:
     """Cuts a corpus of N tokens into batches of B windows of T tokens, in order, pass after pass.
 
     Batch i of a pass holds the tokens from i*B*T on, and as targets the tokens one further. The last batch is moved
-    back to end where the corpus ends: each of the N-1 targets is in every pass. Batch k of the run is a function of
-    the seed and k alone. Among `world_size` processes, each takes every world_size-th batch."""
+    back to end where the corpus ends: each of the N-1 targets is in every pass. With `shift`, the batches of a pass
+    begin up to T-1 tokens earlier, as many in each pass as the seed draws, and the first one is moved to begin where
+    the corpus begins. Batch k of the run is a function of the seed and k alone. Among `world_size` processes, each
+    takes every world_size-th batch."""
 
-    def __init__(self, tokens, batch_size, seq_len, *, shuffle=False, seed=0, rank=0, world_size=1, device="cpu"):
+    def __init__(
+        self, tokens, batch_size, seq_len, *, shuffle=False, shift=False, seed=0, rank=0, world_size=1, device="cpu"
+    ):
         self.tokens = tokens
         self.batch_size = batch_size
         self.seq_len = seq_len
@@ -218,7 +223,8 @@ class TokenBatcher:
         self.n_targets = len(tokens) - 1  # the first token has nothing before it to be predicted from
         if self.n_targets < self.batch_tokens:
             raise UsageError(self.too_short())
-        self.n_batches = math.ceil(self.n_targets / self.batch_tokens)  # in a pass
+        self.shifts = seq_len if shift else 1  # from 0 to T-1, or none
+        self.n_batches = math.ceil((self.n_targets + self.shifts - 1) / self.batch_tokens)  # in a pass
         self.position = 0  # batches taken so far, by all processes together
         self.shuffled_pass = -1  # the pass that `order` is of
         self.order: torch.Tensor | None = None
@@ -237,15 +243,22 @@ class TokenBatcher:
         if not self.shuffle:
             return i
         if self.shuffled_pass != this_pass:
-            # Two large primes keep the passes' generators apart from each other and from neighbouring seeds'.
-            generator = torch.Generator().manual_seed((self.seed * 1_000_003 + this_pass * 7_919) % 2**63)
-            self.order = torch.randperm(self.n_batches, generator=generator)
+            self.order = torch.randperm(self.n_batches, generator=self.generator(this_pass))
             self.shuffled_pass = this_pass
         return int(self.order[i])
 
-    def batch(self, index: int) -> tuple[torch.Tensor, torch.Tensor]:
+    def shift(self, k: int) -> int:
+        """How many tokens earlier does the run's k-th batch begin than it would in a pass without shift?"""
+        return int(torch.randint(self.shifts, (), generator=self.generator(k // self.n_batches)))
+
+    def generator(self, this_pass: int) -> torch.Generator:
+        """Of what a pass draws. Two large primes keep passes apart from each other and from neighbouring seeds'."""
+        return torch.Generator().manual_seed((self.seed * 1_000_003 + this_pass * 7_919) % 2**63)
+
+    def batch(self, index: int, shift: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
         """(idx, targets), both (B, T) int64 on the device, for a batch of the corpus."""
-        start = min(index * self.batch_tokens, self.n_targets - self.batch_tokens)  # the last one is moved back
+        start = max(0, index * self.batch_tokens - shift)  # the first one is moved to the corpus's begin
+        start = min(start, self.n_targets - self.batch_tokens)  # the last one is moved back
         chunk = torch.from_numpy(self.tokens[start : start + self.batch_tokens + 1].astype(np.int64))
         on_cuda = self.device.type == "cuda"
         if on_cuda:  # from pinned memory it travels while the program goes on; on MPS that corrupts data
@@ -257,12 +270,12 @@ class TokenBatcher:
 
     def next_batch(self) -> tuple[torch.Tensor, torch.Tensor]:
         """(idx, targets) of this process's next batch."""
-        index = self.index(self.position + self.rank)
+        k = self.position + self.rank
         self.position += self.world_size  # the other processes took theirs
-        return self.batch(index)
+        return self.batch(self.index(k), self.shift(k))
 
     def repeated(self, index: int) -> int:
-        """How many first targets of this batch the batch before it holds too (only the last one is moved back)."""
+        """How many first targets of this batch, unshifted, the one before holds too: only the last is moved back."""
         return max(0, (index + 1) * self.batch_tokens - self.n_targets)
 
     def tokens_taken(self) -> int:
@@ -698,6 +711,7 @@ class Trainer:
             config.batch_size,
             config.seq_len,
             shuffle=config.randomize_batches,
+            shift=config.shift_windows,
             seed=config.seed,
             rank=runtime.rank,
             world_size=runtime.world_size,
@@ -847,9 +861,11 @@ class Trainer:
     # ---- what is asked of the model: nothing of it changes anything in training ----
 
     def evaluate(self, poll: Callable[[], None], batcher: TokenBatcher, first: int = 0) -> float:
-        """Mean loss in nats per token over a batcher's batches, or the `first` of them: eval mode, each target once."""
+        """Mean loss in nats per token over a batcher's batches, unshifted, or the `first` of them: eval mode, each
+        target once."""
         name = "proof" if batcher is self.batcher else "val"
-        return inference.evaluate(self.model, self.runtime, batcher, first or batcher.n_batches, name, poll)
+        count = first or math.ceil(batcher.n_targets / batcher.batch_tokens)
+        return inference.evaluate(self.model, self.runtime, batcher, count, name, poll)
 
     def prompts(self) -> list[str]:
         """The given prompt, then openings of passages drawn from the corpus by seed."""

@@ -21,6 +21,7 @@ FORMAT = 2  # raised when an older program couldn't read a newer file
 
 # In files from before these were settings.
 EARLIER_SETTINGS = {"optimizer": "adamw", "embed_lr": 0.0, "val_fraction": 0.0, "best_by": "train"}
+EARLIER_SETTINGS["shift_windows"] = False
 
 
 def save_checkpoint(path: Path, content: dict, previous: Path | None = None, spare: Path | None = None) -> None:
@@ -216,7 +217,7 @@ def shapes_of(weights: dict[str, torch.Tensor]) -> dict[str, torch.Size]:
 
 # Another value of one of these makes another run, which a checkpoint can't go on with.
 FIXED = ("block_size", "n_layer", "n_head", "n_embd", "dropout", "tokenizer", "batch_size", "seq_len", "seed")
-FIXED = (*FIXED, "randomize_batches", "optimizer", "val_fraction", "best_by")
+FIXED = (*FIXED, "randomize_batches", "shift_windows", "optimizer", "val_fraction", "best_by")
 # These belong to one start and not to the run.
 PASSING = ("preset", "out_dir", "resume", "overwrite", "init_from", "input_file", "cache_dir")
 

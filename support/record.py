@@ -143,7 +143,7 @@ def known_tokens(config, sha256: str) -> int:
         return 0
     recipe = dataclasses.replace(type(config)(), **PRESETS[config.preset])
     shape = ("block_size", "n_layer", "n_head", "n_embd", "tokenizer", "batch_size", "seq_len", "grad_accum")
-    for name in (*shape, "randomize_batches", "steps", "optimizer", "lr", "embed_lr"):
+    for name in (*shape, "randomize_batches", "shift_windows", "steps", "optimizer", "lr", "embed_lr"):
         if getattr(config, name) != getattr(recipe, name):
             return 0
     return record["tokens"]

@@ -30,6 +30,7 @@ CONTRACT = {
     "beta2": 0.95,
     "clip_grad": 1.0,
     "randomize_batches": False,
+    "shift_windows": False,
     "target_loss": 0.1,
     "log_every": 10,
     "save_every": None,
