@@ -49,12 +49,25 @@ import torch.nn as nn
 import torch.nn.functional as F
 import torch.utils.checkpoint
 
-from support import checkpoint, cli, dry_run, figures, files, inference, machine, pretrained, record, rundir, text
+from support import (
+    checkpoint,
+    cli,
+    dry_run,
+    figures,
+    files,
+    inference,
+    machine,
+    pretrained,
+    record,
+    rundir,
+    settings,
+    text,
+)
 from support.bar import StepBar
 from support.cli import RunError, Stopped, StopSignals, UsageError, flag
 from support.kernels import Muon, MuonAdamW, attention_by_products, linear_cross_entropy, updates_here
 from support.machine import Runtime
-from support.presets import OTHER_NAMES, PRESETS
+from support.presets import PRESETS
 from support.rundir import RunDirectory
 
 # ======== Settings: each flag's name, type, default and help, in one place ============================================
@@ -187,9 +200,6 @@ class TrainConfig:
 
     def model_config(self, vocab_size: int) -> GPTConfig:
         return GPTConfig(self.block_size, vocab_size, self.n_layer, self.n_head, self.n_embd, self.dropout)
-
-
-FIELDS = cli.fields_of(TrainConfig)
 
 
 def late_warmup(c: TrainConfig) -> str:
@@ -1255,46 +1265,8 @@ def build_parser() -> argparse.ArgumentParser:
 
 
 def config_from_flags(argv: Sequence[str]) -> TrainConfig:
-    """Defaults, overridden by the preset or, on resuming, by the checkpoint's settings, overridden by the flags given.
-
-    Raises UsageError with all problems of the flags at once; RunError for a checkpoint that can't be read."""
-    given = cli.read_flags(TrainConfig, argv)
-    problems = [value.problem for name, value in given.items() if name not in FIELDS]
-    known = {name: value for name, value in given.items() if name in FIELDS}
-    readable = {name: value for name, value in known.items() if not isinstance(value, cli.Unreadable)}
-    if "prompt" in readable:
-        known["prompt"] = cli.unescape(readable["prompt"])
-    if readable.get("preset") in OTHER_NAMES:
-        known["preset"] = readable["preset"] = OTHER_NAMES[readable["preset"]]
-    try:
-        config = dataclasses.replace(TrainConfig(), **(base_settings(readable) | known))
-        problems += cli.settings_problems(config)
-    except UsageError as e:  # without what stands below the flags, only each of them by itself can be judged
-        problems += e.problems
-        problems += cli.value_problems(dataclasses.replace(TrainConfig(), **known)).values()
-    if problems:
-        raise UsageError(*problems)
-    return config
-
-
-def base_settings(given: dict) -> dict:
-    """What stands below the flags: the preset's settings and the shape of weights to start from or, on resuming, the
-    checkpoint's settings. Raises UsageError or RunError for a place that can't be read."""
-    base = dict(PRESETS.get(given.get("preset"), {}))
-    out_dir = given.get("out_dir") or base.get("out_dir") or TrainConfig.out_dir
-    saved = RunDirectory(out_dir).saved_settings(given.get("resume", ""), "grad_accum" in given)
-    if saved:
-        base = {name: value for name, value in saved.items() if name in FIELDS}
-    elif given.get("init_from"):
-        base = pretrained.with_shape(given["init_from"], {"seq_len": TrainConfig.seq_len, **base}, given)
-    # a given length replaces the one below it, and a preset's warm-up, which was meant for that
-    if "steps" in given:
-        base |= {"epochs": None, "steps_per_epoch": None}
-    elif "epochs" in given:
-        base["steps"] = None
-    if not saved and given.keys() & {"steps", "epochs"}:
-        base.pop("warmup_steps", None)
-    return base
+    """Raises UsageError with all problems of the flags at once; RunError for a checkpoint that can't be read."""
+    return settings.from_flags(TrainConfig, argv)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -6,6 +6,7 @@ import pytest
 from conftest import PLAY, ROOT
 
 import train
+from support import cli
 from support.cli import UsageError
 from support.presets import PRESETS
 
@@ -58,7 +59,7 @@ def test_flags_keep_their_names_and_defaults(name):
 
 
 def test_every_setting_explains_itself():
-    assert all(one.metadata["help"] for one in train.FIELDS.values())
+    assert all(one.metadata["help"] for one in cli.fields_of(train.TrainConfig).values())
 
 
 # ---- problems ----
