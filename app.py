@@ -4,8 +4,11 @@
     python app.py --checkpoint out_demo/checkpoints/best.pt
     python app.py --make_space space                         # a folder to push as a Hugging Face Space
 
-Text streams in token by token. One request is computed at a time, others wait in a queue. What a request may ask for is
-limited on the server, not only in the page. Nothing is fetched from other hosts and nothing is sent to any.
+Text streams in token by token. What stands word for word in the training text is marked, if that text is still there.
+One request is computed at a time, others wait in a queue. What a request may ask for is limited on the server, not only
+in the page. Nothing is fetched from other hosts and nothing is sent to any. A program asks by gradio_client:
+
+    text = Client("http://127.0.0.1:7860").predict(prompt="TILDA:", temperature=0.5, api_name="/write")
 
 Exit codes: 0 stopped by Ctrl-C, or the Space is written; 1 the port or a file can't be used; 2 unusable flags.
 """
@@ -14,8 +17,8 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import html
 import os
-import shutil
 import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -27,29 +30,20 @@ from report import blocks, pictures
 from report.markdown import code, plain
 from report.run import ReadmeError, read_run
 from support import cli
-from support.checkpoint import load_checkpoint
 from support.cli import RunError, UsageError
-from support.files import whole_folder
-from support.inference import Request, Writer
+from support.door import door, is_read
+from support.inference import PAGE_BOUNDS, Request, Writer
+from support.look import CSS, theme
 from support.machine import machine_problems
-from support.rundir import chosen_checkpoint, run_around
+from support.rundir import RunDirectory, chosen_checkpoint, run_around
+from support.space import make_space
+from support.text import draw_prompts, find_text
+from support.verbatim import LEAST, Verbatim, pieces
 from train import ARCHITECTURES
 
-HERE = Path(__file__).resolve().parent
-# (least, most) of what a request may ask for; sample.py allows more
-BOUNDS = {
-    "max_new_tokens": (1, 1000),
-    "num_samples": (1, 4),
-    "temperature": (0.0, 5.0),
-    "top_k": (0, 50257),
-    "seed": (0, 2**32 - 1),
-}
-FIELDS = ("prompt", *BOUNDS)
-SLIDERS = ("max_new_tokens", "num_samples")
-BOXES = BOUNDS["num_samples"][1]
+BOXES = PAGE_BOUNDS["num_samples"][1]
 PROMPT_CHARACTERS = 20_000
 QUEUE = 20  # requests that may wait
-EXAMPLES = ["ROMEO:\n", "BIANCA:\n", "First Citizen:\nBefore we proceed any further, hear me speak.\n", "KING HENRY"]
 INFO = {
     "prompt": "What the model continues.",
     "max_new_tokens": "Tokens to write, at most 1,000; a token is about four letters.",
@@ -58,30 +52,19 @@ INFO = {
     "top_k": "Draw from the k likeliest tokens (0: from all).",
     "seed": "The same seed gives the same text.",
 }
+FIELDS = tuple(INFO)
 
 
 # ======== What the page does ==========================================================================================
 
 
-def read_request(values: dict) -> tuple[Request, dict[str, str]]:
-    """(the request, {field: what to put right}). The browser may send anything."""
-    prompt = values["prompt"] if isinstance(values["prompt"], str) else ""
-    request = Request(prompt, **{name: as_number(values[name]) for name in BOUNDS})
-    problems = request.problems(BOUNDS)
-    for name, (least, most) in BOUNDS.items():
-        emptied = name in SLIDERS and values[name] == 0  # an emptied slider becomes its minimum
-        if emptied or values[name] in (None, ""):
-            problems[name] = f"this is empty: enter a number from {least:,} to {most:,}"
-    if len(prompt) > PROMPT_CHARACTERS:
-        problems["prompt"] = f"{len(prompt):,} characters are too many: at most {PROMPT_CHARACTERS:,}"
-    return request, problems
-
-
-def as_number(value):
-    """A browser's numbers may all be floats."""
-    if isinstance(value, float) and value.is_integer():
-        return int(value)
-    return value
+def read_request(**values) -> Request:
+    """Whoever asks may send anything, and a browser's whole numbers may be floats."""
+    read = {}
+    for name, value in values.items():
+        whole = isinstance(value, float) and value.is_integer()
+        read[name] = int(value) if whole else value
+    return Request(**read)
 
 
 def fields(problems: dict[str, str]) -> list[dict]:
@@ -95,9 +78,9 @@ def fields(problems: dict[str, str]) -> list[dict]:
     return updates
 
 
-def boxes(texts: Sequence[str]) -> list[dict]:
-    """An update of each box for a sample: those that have no text are hidden."""
-    updates = [gr.update(visible=True, value=text) for text in texts]
+def boxes(shown: Sequence[str]) -> list[dict]:
+    """An update of each box for a sample, given its HTML: those that have no text are hidden."""
+    updates = [gr.update(visible=True, value=one) for one in shown]
     while len(updates) < BOXES:
         updates.append(gr.update(visible=False, value=""))
     return updates
@@ -109,11 +92,14 @@ class Page:
     def __init__(self, checkpoint: Path, device: str = "auto", amp: str = "auto"):
         self.writer: Writer | None = None
         self.trouble = ""
+        self.text = ""  # that the model was trained on, if it is there
         self.run_dir = run_around(checkpoint)
         try:
             self.writer = Writer(checkpoint, ARCHITECTURES, device, amp)
+            self.text = find_text(*self.writer.trained_on)
         except (RunError, UsageError) as e:
             self.trouble = str(e)
+        self.verbatim = Verbatim(self.text)
 
     def status(self) -> str:
         """Which checkpoint is loaded, or what to do."""
@@ -127,25 +113,56 @@ class Page:
         runtime = self.writer.runtime
         return f"{code(self.writer.path)}: {model}; on {runtime.describe_device()}, {runtime.describe_precision()}"
 
-    def write(self, *values) -> Iterator[list]:
-        """Updates of the texts, the fields and the line below, as the text grows."""
-        request, problems = read_request(dict(zip(FIELDS, values, strict=True)))
-        note = ""
-        if self.writer and not problems:
-            try:
-                note = self.about_prompt(request.prompt)
-            except UsageError as e:  # a character that a model of characters doesn't know
-                problems["prompt"] = str(e)
+    def write(self, client: gr.Request, *values) -> Iterator[list]:
+        """What the button Generate does: updates of the texts, the fields and the line above, as the text grows."""
+        request = read_request(**dict(zip(FIELDS, values, strict=True)))
+        problems = self.problems(request)
         if problems:
             yield [*boxes([""]), *fields(problems), "Please put right what is marked."]
-        elif not self.writer:
-            yield [*boxes([""]), *fields({}), self.status()]
-        else:
+        elif is_read(client):
+            note = self.about_length(request.prompt)
             for texts, line in self.grow(request):
-                yield [*boxes(texts), *fields({}), line + note]
+                shown = [self.show(text, len(request.prompt)) for text in texts]
+                yield [*boxes(shown), *fields({}), line + note]
 
-    def about_prompt(self, prompt: str) -> str:
-        """What to say of its length. Raises UsageError for a prompt that the model can't read."""
+    def write_text(
+        self,
+        client: gr.Request,
+        prompt: str,
+        max_new_tokens: int = Request.max_new_tokens,
+        temperature: float = Request.temperature,
+        top_k: int = Request.top_k,
+        seed: int = Request.seed,
+    ) -> Iterator[str]:
+        """For programs: the prompt and what the model writes after it, as plain text, which streams in. temperature 0
+        takes the likeliest token each time, top_k 0 draws from all tokens, the same seed gives the same text. What the
+        page would refuse raises an error that says what to put right."""
+        numbers = {"max_new_tokens": max_new_tokens, "temperature": temperature, "top_k": top_k, "seed": seed}
+        request = read_request(prompt=prompt, **numbers)
+        problems = self.problems(request)
+        if problems:
+            sentences = [f"{name}: {problem}" for name, problem in problems.items()]
+            raise gr.Error("\n".join(sentences), print_exception=False)
+        if is_read(client):
+            for texts, _ in self.grow(request):
+                yield texts[0]
+
+    def problems(self, request: Request) -> dict[str, str]:
+        """{field: what to put right}."""
+        found = request.problems(PAGE_BOUNDS)
+        if "prompt" in found:
+            return found
+        if len(request.prompt) > PROMPT_CHARACTERS:
+            found["prompt"] = f"{len(request.prompt):,} characters are too many: at most {PROMPT_CHARACTERS:,}"
+            return found
+        try:
+            self.writer.encode(request.prompt)
+        except UsageError as e:  # a character that a model of characters doesn't know
+            found["prompt"] = str(e)
+        return found
+
+    def about_length(self, prompt: str) -> str:
+        """What to say of a prompt that is longer than the context."""
         _, cut = self.writer.encode(prompt)
         if not cut:
             return ""
@@ -156,13 +173,28 @@ class Page:
         texts = [request.prompt] * request.num_samples
         start = time.monotonic()
         shown = 0.0
-        for count, pieces in enumerate(self.writer.write(request), 1):
-            texts = [text + piece for text, piece in zip(texts, pieces, strict=True)]
+        for count, grown in enumerate(self.writer.write(request), 1):
+            texts = [text + piece for text, piece in zip(texts, grown, strict=True)]
             now = time.monotonic()
             if now - shown > 0.1 or count == request.max_new_tokens:
                 shown = now
                 rate = count * request.num_samples / max(now - start, 1e-9)
                 yield texts, f"{count:,} of {request.max_new_tokens:,} tokens, {rate:.0f} tok/s."
+
+    def show(self, text: str, begin: int) -> str:
+        """A text as HTML. What was written after its first `begin` characters and stands in the training text is
+        marked."""
+        covered = self.verbatim.covers(text)
+        covered[:begin] = False
+        shown = ""
+        for piece, is_known in pieces(text, covered):
+            escaped = html.escape(piece)
+            shown += f"<mark>{escaped}</mark>" if is_known else escaped
+        note = ""
+        if self.text:
+            share = f"{covered.sum():,} of {len(text) - begin:,} new characters"
+            note = f"{share} stand in the training text word for word, in pieces of {LEAST} or more."
+        return f"<pre>\n{shown}</pre><p>{note}</p>"  # HTML drops a line break at the beginning of <pre>: this one
 
     def training(self) -> tuple[str, str]:
         """(the run's summary as Markdown, its curve as SVG), from the records beside the checkpoint."""
@@ -177,45 +209,38 @@ class Page:
         return text, svg[svg.find("<svg") :]  # without the lines that an SVG in a file begins with
 
     def examples(self) -> list[str]:
-        """Prompts that the model can read, its own first."""
-        if not self.writer:
-            return EXAMPLES
-        own = self.writer.trained_prompt
-        return [own, *(text for text in EXAMPLES if text != own and self.writer.tokenizer.knows(text))]
+        """Prompts that suit the model: what the run was asked, and openings of passages of its text."""
+        found = draw_prompts(self.text, self.writer.trained_prompt, 4, seed=0)
+        if self.run_dir:
+            found += sampled_prompts(RunDirectory(self.run_dir).read_record())
+        return [text for text in dict.fromkeys(found) if self.writer.tokenizer.knows(text)]
+
+    def recital(self) -> list:
+        """How to ask for what the model knows by heart, in the first fields: the likeliest tokens after the first
+        lines of its text."""
+        beginning = self.text[:100]
+        lines = beginning[: beginning.rfind("\n") + 1]
+        return [lines or beginning, 200, 1, 0.0]
+
+
+def sampled_prompts(record: dict) -> list[str]:
+    """What a run was asked for its last samples."""
+    try:
+        return [str(sample["prompt"]) for sample in record["samples"]]
+    except (KeyError, TypeError):  # a record may lack it, or hold anything
+        return []
 
 
 # ======== The page ====================================================================================================
-
-CSS = """
-.wrong span, .wrong .info { color: var(--error-text-color, #b91c1c) !important; font-weight: 600; }
-.curve svg { max-width: 100%; height: auto; }
-.sample textarea { font-family: ui-monospace, monospace; }
-button.selected { color: var(--body-text-color) !important; font-weight: 600; }
-footer { display: none !important; }
-"""
-
-
-def theme() -> gr.themes.Base:
-    """Gradio's, with the fonts of the reader's machine (none is fetched), and its pale words dark enough to be read:
-    a contrast of 4.5 at least (WCAG 2, criterion 1.4.3)."""
-    base = gr.themes.Default(font=["system-ui", "sans-serif"], font_mono=["ui-monospace", "monospace"])
-    colours = {}
-    pale = ("body_text_color_subdued", "block_info_text_color", "block_label_text_color", "block_title_text_color")
-    for name in pale:
-        colours[name] = "*neutral_600"
-        colours[f"{name}_dark"] = "*neutral_300"
-    for name in ("background_fill", "background_fill_hover", "border_color"):
-        colours[f"button_primary_{name}"] = "*primary_700"
-        colours[f"button_primary_{name}_dark"] = "*primary_700"
-    return base.set(**colours)
 
 
 def build(page: Page) -> gr.Blocks:
     with gr.Blocks(title="GPT-2 from scratch", analytics_enabled=False) as layout:
         gr.Markdown("# GPT-2, trained from scratch")
         gr.Markdown(page.status(), elem_id="status")
-        with gr.Tab("Write"):
-            add_writing(page)
+        if page.writer:
+            with gr.Tab("Write"):
+                add_writing(page)
         with gr.Tab("Training"):
             summary, curve = page.training()
             gr.Markdown(summary, elem_id="summary")
@@ -227,14 +252,15 @@ def add_writing(page: Page) -> None:
     """The tab in which the model writes."""
     with gr.Row():
         with gr.Column(min_width=280):
-            asked = add_fields(page.examples()[0] if page.writer else "")
+            asked = add_fields(page.examples()[0])
             with gr.Row():
                 go = gr.Button("Generate", variant="primary", elem_id="generate")
                 stop = gr.Button("Stop", elem_id="stop")
         with gr.Column(min_width=280, scale=2):
             line = gr.Markdown("", elem_id="line")
             samples = [add_box(i) for i in range(BOXES)]
-    gr.Examples([[text] for text in page.examples()], asked[0], label="Example prompts")
+    add_examples(page, asked)
+    gr.api(page.write_text, api_name="write", concurrency_limit=1, concurrency_id="model")
     writing = go.click(
         page.write,
         asked,
@@ -242,16 +268,25 @@ def add_writing(page: Page) -> None:
         concurrency_limit=1,
         concurrency_id="model",
         preprocess=False,  # every value comes through: read_request says beside the field what is wrong
+        api_visibility="private",  # programs have /write
     )
-    stop.click(lambda: "Stopped.", None, line, cancels=[writing], queue=False)
+    stop.click(lambda: "Stopped.", None, line, cancels=[writing], queue=False, api_visibility="private")
+
+
+def add_examples(page: Page, asked: list) -> None:
+    hidden = {"api_visibility": "private"}
+    gr.Examples([[text] for text in page.examples()], asked[0], label="Example prompts", **hidden)
+    if page.text:
+        begin = ["How the training text begins"]
+        gr.Examples([page.recital()], asked[:4], label="Recite: what it knows by heart", example_labels=begin, **hidden)
 
 
 def add_fields(prompt: str) -> list:
     """Where a request is typed, in the order of FIELDS."""
     added = {
         "prompt": gr.Textbox(prompt, label="Prompt", lines=4),
-        "max_new_tokens": gr.Slider(0, BOUNDS["max_new_tokens"][1], 200, step=1, label="Maximum length"),
-        "num_samples": gr.Slider(0, BOUNDS["num_samples"][1], 2, step=1, label="Samples"),
+        "max_new_tokens": gr.Slider(*PAGE_BOUNDS["max_new_tokens"], 200, step=1, label="Maximum length"),
+        "num_samples": gr.Slider(*PAGE_BOUNDS["num_samples"], 2, step=1, label="Samples"),
         "temperature": gr.Number(0.9, label="Temperature", step=0.1),
         "top_k": gr.Number(50, label="Top-k"),
         "seed": gr.Number(1337, label="Seed"),
@@ -262,19 +297,24 @@ def add_fields(prompt: str) -> list:
     return list(added.values())
 
 
-def add_box(i: int) -> gr.Textbox:
-    return gr.Textbox(
+def add_box(i: int) -> gr.HTML:
+    name = f"sample_{i + 1}"
+    copy = gr.Button("Copy", size="sm")
+    copy.click(None, js=f"() => navigator.clipboard?.writeText(document.querySelector('#{name} pre').textContent)")
+    return gr.HTML(
         label=f"Sample {i + 1}",
-        lines=8,
-        max_lines=40,
+        show_label=True,
+        container=True,
+        padding=True,
+        min_height=200,
         visible=i == 0,
-        interactive=False,
+        elem_id=name,
         elem_classes=["sample"],
-        buttons=["copy"],
+        buttons=[copy],
     )
 
 
-def serve(layout: gr.Blocks, host: str, port: int) -> None:
+def serve(layout: gr.Blocks, host: str, port: int, names: Sequence[str]) -> None:
     """Until Ctrl-C. Raises RunError."""
     try:
         with contextlib.suppress(KeyboardInterrupt):
@@ -285,65 +325,13 @@ def serve(layout: gr.Blocks, host: str, port: int) -> None:
                 css=CSS,
                 ssr_mode=False,
                 show_error=True,
-                max_file_size="1kb",  # nothing is uploaded here
+                app_kwargs={"middleware": door(names)},
+                footer_links=[],
+                run_history=False,
+                enable_monitoring=False,
             )
     except (OSError, ValueError) as e:  # Gradio's words for a port that is taken, or an address it can't reach
         raise RunError(f"{e}: choose another --host or --port") from None
-
-
-# ======== A Hugging Face Space ========================================================================================
-
-SPACE = """---
-title: GPT-2 from scratch
-emoji: \U0001f3ad
-colorFrom: indigo
-colorTo: gray
-sdk: gradio
-sdk_version: {version}
-app_file: app.py
-pinned: false
-license: mit
----
-
-GPT-2 124M, trained from scratch on one text by `train.py`, and a page that continues prompts with it. Written by
-`python app.py --make_space`; push this folder to a Space as it is.
-"""
-
-
-def make_space(checkpoint: Path, folder: Path) -> None:
-    """All that a Space needs, in one folder. Raises RunError, UsageError or OSError."""
-    if folder.is_dir() and any(folder.iterdir()):
-        raise UsageError(f"{folder} isn't empty: name another folder")
-    load_checkpoint(checkpoint)  # whole, by its checksums
-    with whole_folder(folder) as part:
-        copy_program(part)
-        copy_run(checkpoint, part / "out")
-        (part / "README.md").write_text(SPACE.format(version=gr.__version__), encoding="utf-8")
-        (part / ".gitattributes").write_text("*.pt filter=lfs diff=lfs merge=lfs -text\n", encoding="utf-8")
-    print(f"Written: push {folder} to a Gradio Space", flush=True)
-
-
-def copy_program(folder: Path) -> None:
-    for name in ("app.py", "train.py", "mla_moe.py", "LICENSE"):
-        shutil.copyfile(HERE / name, folder / name)
-    for name in ("support", "report"):
-        shutil.copytree(HERE / name, folder / name, ignore=shutil.ignore_patterns("__pycache__"))
-    lines = (HERE / "requirements.txt").read_text(encoding="utf-8").splitlines()
-    needed = [line for line in lines if "export_hf.py" not in line]
-    (folder / "requirements.txt").write_text("\n".join(needed) + "\n", encoding="utf-8")
-
-
-def copy_run(checkpoint: Path, out_dir: Path) -> None:
-    """The checkpoint, and of its run's records what the page shows."""
-    run_dir = run_around(checkpoint)
-    files = {checkpoint: out_dir / "checkpoints" / "best.pt"}
-    if run_dir:
-        for name in ("run.json", "logs/train_metrics.csv"):
-            files[run_dir / name] = out_dir / name
-    for source, target in files.items():
-        if source.is_file():
-            target.parent.mkdir(parents=True, exist_ok=True)
-            shutil.copyfile(source, target)
 
 
 # ======== Command line ================================================================================================
@@ -354,6 +342,8 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--checkpoint", type=Path, help="a best.pt or last.pt (default: of the newest run in out*/)")
     host = os.environ.get("GRADIO_SERVER_NAME", "127.0.0.1")  # a Space sets it
     parser.add_argument("--host", default=host, help="address to listen on; 0.0.0.0: all (default: 127.0.0.1)")
+    allow = "a name by which others reach this page, such as that of a proxy; may be given several times"
+    parser.add_argument("--allow_host", metavar="NAME", action="append", default=[], help=allow)
     parser.add_argument("--port", type=int, default=7860, help="(default: 7860)")
     cli.add_machine_flags(parser)
     parser.add_argument("--make_space", metavar="DIR", type=Path, help="write a Hugging Face Space instead")
@@ -372,7 +362,11 @@ def start(args: argparse.Namespace) -> int:
         make_space(checkpoint, args.make_space)
         return 0
     print(f"Loading {checkpoint} ...", flush=True)
-    serve(build(Page(checkpoint, args.device, args.amp)), args.host, args.port)
+    layout = build(Page(checkpoint, args.device, args.amp))
+    names = ["localhost", args.host, *args.allow_host]
+    if "SPACE_ID" in os.environ:
+        names = ["*"]  # a Space is reached only by way of a server that goes by its name
+    serve(layout, args.host, args.port, names)
     return 0
 
 

@@ -91,10 +91,21 @@ class MLAMoEConfig:
         if settings.init_from:
             yield "init_from", "init_from starts a gpt2: leave it out, or leave --arch out"
 
+    def __post_init__(self) -> None:
+        """Raises ValueError for a shape that no model can have."""
+        if self.num_attention_heads < 1 or self.qk_rope_head_dim % 2:
+            raise ValueError("its heads can't be rotated")
+        if not 1 <= self.num_experts_per_tok <= self.n_routed_experts:
+            raise ValueError("it has fewer experts than a token is sent to")
+
+    # the names that the rest of the program has for them
     @property
     def block_size(self) -> int:
-        """The context, by the name that the rest of the program has for it."""
         return self.max_position_embeddings
+
+    @property
+    def n_layer(self) -> int:
+        return self.num_hidden_layers
 
 
 # ======== Attention ===================================================================================================
@@ -307,7 +318,6 @@ class MLAMoE(nn.Module):
         super().__init__()
         self.config = config
         self.grad_checkpoint = False  # keep only each block's input, and compute the rest again for the gradients
-        self.loads: list[torch.Tensor] = []  # (L, E) of each forward pass of training since the last step
         self.model = nn.ModuleDict(
             {
                 "embed_tokens": nn.Embedding(config.vocab_size, config.hidden_size),
@@ -316,6 +326,9 @@ class MLAMoE(nn.Module):
             }
         )
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)  # not tied to the embedding
+        # (L, E): tokens that each expert was given in training since the last step
+        load = torch.zeros(config.num_hidden_layers, config.n_routed_experts, dtype=torch.long)
+        self.register_buffer("load", load, persistent=False)
         self.init_weights(generator)
 
     @torch.no_grad()
@@ -346,13 +359,15 @@ class MLAMoE(nn.Module):
                 x, load = block(x, rope)
             loads.append(load)
         if self.training:
-            self.loads.append(torch.stack(loads))
+            self.load += torch.stack(loads)
         return self.model.norm(x)
 
-    def forward(self, idx: torch.Tensor, targets: torch.Tensor | None = None, keep_logits: bool = True):
+    def forward(self, idx: torch.Tensor, targets: torch.Tensor | None = None, keep_logits: bool = True, cache=None):
         """idx (B, T) -> (logits (B, T, V), loss); the loss is the mean over the targets that aren't -1, in nats.
-        Training needs no logits: without them (None) it takes less memory."""
-        x = self.hidden(idx)
+        Training needs none: without logits (None) it takes less memory. With a cache they are the last position's."""
+        x = self.hidden(idx, cache)
+        if cache is not None:
+            x = x[:, -1:]
         if not keep_logits:
             return None, linear_cross_entropy(x.flatten(0, 1), self.lm_head.weight, targets.flatten())
         logits = self.lm_head(x)
@@ -365,9 +380,8 @@ class MLAMoE(nn.Module):
         """Between gradients and step: an expert that got more tokens than the mean, over all micro-batches and
         processes, is chosen less often from now on. Returns how even the load was: its entropy, 1 where all are alike
         (mean of the layers), and the share of the busiest expert of any layer."""
-        load = torch.stack(self.loads).sum(dim=0)
-        self.loads = []
-        load = torch.stack(runtime.gather(load)).sum(dim=0).float()  # (L, E)
+        load = torch.stack(runtime.gather(self.load)).sum(dim=0).float()  # (L, E)
+        self.load.zero_()
         steps = self.config.balance_rate * (load.mean(dim=1, keepdim=True) - load).sign()
         steps -= steps.mean(dim=1, keepdim=True)  # a bias that all have in common chooses nothing
         for block, step in zip(self.model.layers, steps, strict=True):

@@ -49,14 +49,14 @@ import torch.nn as nn
 import torch.nn.functional as F
 import torch.utils.checkpoint
 
-from support import checkpoint, cli, dry_run, figures, files, inference, machine, pretrained, record, rundir, settings
-from support import text
+from support import checkpoint, cli, dry_run, figures, files, inference, machine, pretrained, record, rundir, text
 from support.bar import StepBar
 from support.cli import RunError, Stopped, StopSignals, UsageError, flag
-from support.kernels import Muon, MuonAdamW, attention_by_products, linear_cross_entropy
+from support.kernels import Muon, MuonAdamW, attention_by_products, linear_cross_entropy, updates_here
 from support.machine import Runtime
 from support.presets import PRESETS
 from support.rundir import RunDirectory
+from support.settings import from_flags
 
 # ======== Settings: each flag's name, type, default and help, in one place ============================================
 
@@ -81,13 +81,14 @@ class TrainConfig:
     )
     cache_dir: str = flag("", "where token ids are kept between runs (default: the user's cache folder)")
     randomize_batches: bool = flag(False, "shuffle the order of the batches anew each pass")
+    shift_windows: bool = flag(False, "let the windows begin at other places in each pass")
     val_fraction: float = flag(0.0, "share of the text, at its end, that is held out of training", least=0, below=1)
 
     arch: str = flag("gpt2", "gpt2, or mla_moe: DeepSeek-V3's", "Model", choices=("gpt2", "mla_moe"))
-    block_size: int = flag(1024, "context: the longest sequence that the model can read", least=1)
-    n_layer: int = flag(12, "transformer blocks", least=1)
+    block_size: int = flag(1024, "context: the longest sequence that the model can read", least=1, below=2**20)
+    n_layer: int = flag(12, "transformer blocks", least=1, below=1000)
     n_head: int = flag(12, "attention heads in a block", least=1)
-    n_embd: int = flag(768, "width of the residual stream", least=1)
+    n_embd: int = flag(768, "width of the residual stream", least=1, below=2**20)
     dropout: float = flag(0.0, "probability of dropping an activation in training", least=0, below=1)
     n_expert: int = flag(7, "of mla_moe: experts among which a router chooses in each block", least=1)
     n_expert_active: int = flag(2, "of mla_moe: how many of them work on a token, beside the shared one", least=1)
@@ -134,6 +135,8 @@ class TrainConfig:
     grad_checkpoint: bool = flag(False, "keep fewer activations, compute them again: less memory, a fifth slower")
     compile: bool = flag(False, "torch.compile: slower to start, then faster")
     deterministic: bool = flag(False, "only kernels that give the same bits each time; slower on CUDA")
+    parallel: str = flag("ddp", "each process has the model (ddp) or a part of it (fsdp)", choices=("ddp", "fsdp"))
+    wait_minutes: float = flag(2.0, "of several processes: how long one may be silent before all end", above=0)
     no_mfu: bool = flag(False, "save the half second in which a CPU's limit is measured; mfu is then unknown")
 
     def validate(self) -> None:
@@ -158,7 +161,7 @@ class TrainConfig:
         if self.steps_per_epoch and not self.epochs:
             yield "steps_per_epoch epochs", "steps_per_epoch is for runs by epochs: add --epochs N, or leave it out"
         if self.steps and self.warmup_steps and self.warmup_steps > self.steps:
-            yield "steps warmup_steps", late_warmup(self)
+            yield "steps warmup_steps", record.late_warmup(self)
         if not self.val_fraction and (self.patience or self.best_by == "val"):
             needs = "patience and best_by val need held-out text: add --val_fraction 0.1"
             yield "val_fraction patience best_by", needs
@@ -187,16 +190,12 @@ class TrainConfig:
         open_settings = {name: value for name, value in usual.items() if getattr(self, name) is None}
         filled = dataclasses.replace(self, **open_settings)
         if filled.warmup_steps > steps:
-            raise UsageError(late_warmup(filled))
+            raise UsageError(record.late_warmup(filled))
         return filled
 
     def model_config(self, vocab_size: int) -> GPTConfig:
         _, model_config = ARCHITECTURES[self.arch]()
         return model_config.of(self, vocab_size)
-
-
-def late_warmup(c: TrainConfig) -> str:
-    return f"warmup_steps {c.warmup_steps} is over steps {c.steps}: use --warmup_steps {c.steps // 10}"
 
 
 # ======== Data: a long row of token ids -> batches ====================================================================
@@ -206,10 +205,14 @@ class TokenBatcher:
     """Cuts a corpus of N tokens into batches of B windows of T tokens, in order, pass after pass.
 
     Batch i of a pass holds the tokens from i*B*T on, and as targets the tokens one further. The last batch is moved
-    back to end where the corpus ends: each of the N-1 targets is in every pass. Batch k of the run is a function of
-    the seed and k alone. Among `world_size` processes, each takes every world_size-th batch."""
+    back to end where the corpus ends: each of the N-1 targets is in every pass. With `shift`, the batches of a pass
+    begin up to T-1 tokens earlier, as many in each pass as the seed draws, and the first one is moved to begin where
+    the corpus begins. Batch k of the run is a function of the seed and k alone. Among `world_size` processes, each
+    takes every world_size-th batch."""
 
-    def __init__(self, tokens, batch_size, seq_len, *, shuffle=False, seed=0, rank=0, world_size=1, device="cpu"):
+    def __init__(
+        self, tokens, batch_size, seq_len, *, shuffle=False, shift=False, seed=0, rank=0, world_size=1, device="cpu"
+    ):
         self.tokens = tokens
         self.batch_size = batch_size
         self.seq_len = seq_len
@@ -221,19 +224,12 @@ class TokenBatcher:
         self.batch_tokens = batch_size * seq_len
         self.n_targets = len(tokens) - 1  # the first token has nothing before it to be predicted from
         if self.n_targets < self.batch_tokens:
-            raise UsageError(self.too_short())
-        self.n_batches = math.ceil(self.n_targets / self.batch_tokens)  # in a pass
+            raise UsageError(text.too_short(len(tokens), batch_size, seq_len))
+        self.shifts = seq_len if shift else 1  # from 0 to T-1, or none
+        self.n_batches = math.ceil((self.n_targets + self.shifts - 1) / self.batch_tokens)  # in a pass
         self.position = 0  # batches taken so far, by all processes together
         self.shuffled_pass = -1  # the pass that `order` is of
         self.order: torch.Tensor | None = None
-
-    def too_short(self) -> str:
-        windows = self.n_targets // self.seq_len
-        fits = f"--seq_len {min(self.seq_len, max(1, self.n_targets))} --batch_size {max(1, windows)}"
-        return (
-            f"the text has {len(self.tokens):,} tokens, and one batch of batch_size {self.batch_size} x seq_len"
-            f" {self.seq_len} needs {self.batch_tokens + 1:,}: use a longer text, or {fits}"
-        )
 
     def index(self, k: int) -> int:
         """Which of the corpus's n_batches batches is the run's k-th?"""
@@ -241,15 +237,22 @@ class TokenBatcher:
         if not self.shuffle:
             return i
         if self.shuffled_pass != this_pass:
-            # Two large primes keep the passes' generators apart from each other and from neighbouring seeds'.
-            generator = torch.Generator().manual_seed((self.seed * 1_000_003 + this_pass * 7_919) % 2**63)
-            self.order = torch.randperm(self.n_batches, generator=generator)
+            self.order = torch.randperm(self.n_batches, generator=self.generator(this_pass))
             self.shuffled_pass = this_pass
         return int(self.order[i])
 
-    def batch(self, index: int) -> tuple[torch.Tensor, torch.Tensor]:
+    def shift(self, k: int) -> int:
+        """How many tokens earlier does the run's k-th batch begin than it would in a pass without shift?"""
+        return int(torch.randint(self.shifts, (), generator=self.generator(k // self.n_batches)))
+
+    def generator(self, this_pass: int) -> torch.Generator:
+        """Of what a pass draws. Two large primes keep passes apart from each other and from neighbouring seeds'."""
+        return torch.Generator().manual_seed((self.seed * 1_000_003 + this_pass * 7_919) % 2**63)
+
+    def batch(self, index: int, shift: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
         """(idx, targets), both (B, T) int64 on the device, for a batch of the corpus."""
-        start = min(index * self.batch_tokens, self.n_targets - self.batch_tokens)  # the last one is moved back
+        start = max(0, index * self.batch_tokens - shift)  # the first one is moved to the corpus's begin
+        start = min(start, self.n_targets - self.batch_tokens)  # the last one is moved back
         chunk = torch.from_numpy(self.tokens[start : start + self.batch_tokens + 1].astype(np.int64))
         on_cuda = self.device.type == "cuda"
         if on_cuda:  # from pinned memory it travels while the program goes on; on MPS that corrupts data
@@ -261,12 +264,12 @@ class TokenBatcher:
 
     def next_batch(self) -> tuple[torch.Tensor, torch.Tensor]:
         """(idx, targets) of this process's next batch."""
-        index = self.index(self.position + self.rank)
+        k = self.position + self.rank
         self.position += self.world_size  # the other processes took theirs
-        return self.batch(index)
+        return self.batch(self.index(k), self.shift(k))
 
     def repeated(self, index: int) -> int:
-        """How many first targets of this batch the batch before it holds too (only the last one is moved back)."""
+        """How many first targets of this batch, unshifted, the one before holds too: only the last is moved back."""
         return max(0, (index + 1) * self.batch_tokens - self.n_targets)
 
     def tokens_taken(self) -> int:
@@ -315,8 +318,15 @@ class GPTConfig:
 
     @staticmethod
     def conflicts(config: TrainConfig) -> Iterator[tuple[str, str]]:
-        """Yields as TrainConfig.conflicts does what this architecture can't be: here, nothing more."""
-        yield from ()
+        """As TrainConfig.conflicts: what this architecture can't be."""
+        for name in ("n_expert", "n_expert_active", "expert_width", "balance_rate"):
+            if getattr(config, name) != getattr(TrainConfig, name):
+                yield f"{name} arch", f"{name} is for --arch mla_moe: add that, or leave --{name} out"
+
+    def __post_init__(self) -> None:
+        """Raises ValueError for a shape that no model can have."""
+        if self.n_head < 1 or self.n_embd % self.n_head:
+            raise ValueError("its width isn't divisible by its heads")
 
 
 class CausalSelfAttention(nn.Module):
@@ -433,10 +443,12 @@ class GPT(nn.Module):
                 x = block(x)
         return self.transformer.ln_f(x)
 
-    def forward(self, idx: torch.Tensor, targets: torch.Tensor | None = None, keep_logits: bool = True):
+    def forward(self, idx: torch.Tensor, targets: torch.Tensor | None = None, keep_logits: bool = True, cache=None):
         """idx (B, T) -> (logits (B, T, V), loss); the loss is the mean over the targets that aren't -1, in nats.
-        Training needs no logits: without them (None) it takes less memory."""
-        x = self.hidden(idx)
+        Training needs none: without logits (None) it takes less memory. With a cache they are the last position's."""
+        x = self.hidden(idx, cache)
+        if cache is not None:
+            x = x[:, -1:]
         if not keep_logits:
             loss = linear_cross_entropy(x.flatten(0, 1), self.lm_head.weight, targets.flatten())
             return None, loss
@@ -493,7 +505,7 @@ ARCHITECTURES = {"gpt2": lambda: (GPT, GPTConfig), "mla_moe": mla_moe}  # each g
 # ======== Optimizer and schedule ======================================================================================
 
 
-def build_optimizer(model: GPT, config: TrainConfig) -> torch.optim.Optimizer:
+def build_optimizer(model: GPT, config: TrainConfig, muon_updates: Callable = updates_here) -> torch.optim.Optimizer:
     """AdamW (Loshchilov & Hutter 2019) with decay on matrices only, or with `--optimizer muon` Muon for the blocks'
     matrices and AdamW for the rest. A group's `rate` names the setting that is its peak learning rate."""
     kinds = model.parameter_groups()
@@ -504,7 +516,7 @@ def build_optimizer(model: GPT, config: TrainConfig) -> torch.optim.Optimizer:
     if config.optimizer == "adamw":
         return torch.optim.AdamW([matrices, embeddings, vectors], **options)
     dtype = torch.bfloat16 if machine.native_bf16(kinds["matrices"][0].device) else torch.float32
-    muon = Muon([matrices], dtype, lr=config.lr, momentum=config.beta1, weight_decay=config.weight_decay)
+    muon = Muon([matrices], dtype, muon_updates, lr=config.lr, momentum=config.beta1)
     return MuonAdamW(muon, torch.optim.AdamW([embeddings, vectors], **options))
 
 
@@ -529,13 +541,6 @@ def build_scheduler(optimizer: torch.optim.Optimizer, config: TrainConfig, step:
         cycle_momentum=False,  # its default, True, would overwrite AdamW's beta1
         last_epoch=step - 1,
     )
-
-
-def saved_bytes(model: GPT, optimizer: str) -> int:
-    """Of last.pt: in fp32 the weights, and for each of them two averages of AdamW or one of Muon."""
-    parameters = sum(p.numel() for p in model.parameters())
-    by_muon = sum(p.numel() for p in model.parameter_groups()["matrices"]) if optimizer == "muon" else 0
-    return 12 * parameters - 4 * by_muon
 
 
 # ======== Writers: CSV, samples, checkpoints. Only the first of several processes writes ==============================
@@ -583,12 +588,12 @@ class CheckpointWriter:
     to 12 bytes a parameter. A write that fails is logged at once and leaves the old files; the next save tries anew.
     The thread starts with the run, when there is memory for it."""
 
-    def __init__(self, run_dir: RunDirectory, before: Sequence[files.PatientFile], log, device, best: tuple):
+    def __init__(self, run_dir: RunDirectory, before: Sequence[files.PatientFile], log, copies, best: tuple):
         self.run_dir = run_dir
         self.before = before  # files that must reach the disk before a checkpoint that comes after their content
         self.log = log
         self.best = best  # what best.pt on the disk was chosen by
-        self.copies = machine.HostCopies(device)
+        self.copies = copies
         self.failure: RunError | None = None  # of the last write
         self.work = queue.SimpleQueue()
         self.idle = threading.Event()
@@ -722,6 +727,7 @@ class Trainer:
             config.batch_size,
             config.seq_len,
             shuffle=config.randomize_batches,
+            shift=config.shift_windows,
             seed=config.seed,
             rank=runtime.rank,
             world_size=runtime.world_size,
@@ -735,9 +741,9 @@ class Trainer:
         self.origin = ""  # where weights come from that weren't drawn by seed
         self.model = self.build_model()
         machine.seed_all(config.seed, runtime.rank)
-        self.optimizer = build_optimizer(self.model, self.config)
-        self.scheduler = build_scheduler(self.optimizer, self.config)
         self.wrapped = runtime.wrap(self.model)  # checkpoints are made from self.model, so their names stay GPT-2's
+        self.optimizer = build_optimizer(self.model, self.config, runtime.muon_updates)
+        self.scheduler = build_scheduler(self.optimizer, self.config)
         self.forward = machine.compiled(self.wrapped) if config.compile else self.wrapped
         # The latest training loss of each batch of the corpus, 0 before its first: avg_loss is their mean.
         self.losses = torch.zeros(self.batcher.n_batches, device=runtime.device)
@@ -748,19 +754,15 @@ class Trainer:
         config = self.given
         make, _ = ARCHITECTURES[config.arch]()
         shape = config.model_config(self.tokenizer.vocab_size)
-        with torch.device("meta"):  # the same model without numbers, to know what it would take
-            outline = make(shape)
-        parameters = sum(p.numel() for p in outline.parameters())
-        tokens = config.batch_size * config.seq_len
-        activations = outline.activation_bytes(tokens, self.runtime.amp_dtype is not None, config.grad_checkpoint)
-        machine.check_memory(self.runtime, parameters, saved_bytes(outline, config.optimizer), activations)
+        with machine.outline():  # the same model without numbers, to know what it would take
+            machine.check_memory(self.runtime, make(shape), config)
         # A generator of its own: initial weights are a function of the seed and the shape, and of nothing else.
         model = make(shape, torch.Generator().manual_seed(config.seed))
         if config.init_from and not RunDirectory(config.out_dir).find_checkpoint(config.resume, lazy=True):
             pretrained.load_weights(model, Path(config.init_from), self.tokenizer)
             self.origin = checkpoint.origin_of(config.init_from)
         model.grad_checkpoint = config.grad_checkpoint
-        return model.to(self.runtime.device)  # made on the CPU, so that each device begins with the same weights
+        return model  # made on the CPU, so that each device begins with the same weights
 
     # ---- one step ----
 
@@ -813,7 +815,7 @@ class Trainer:
         progress.figures = self.model.before_update(self.runtime)
         if scaler:
             scaler.unscale_(self.optimizer)  # the norm must be of the real gradients
-        progress.grad_norm = nn.utils.clip_grad_norm_(self.model.parameters(), self.config.clip_grad or math.inf)
+        progress.grad_norm = self.runtime.clip(self.model.parameters(), self.config.clip_grad or math.inf)
         progress.lr = self.optimizer.param_groups[0]["lr"]
         if scaler:
             scaler.step(self.optimizer)  # does nothing where a gradient isn't finite
@@ -873,24 +875,24 @@ class Trainer:
     # ---- what is asked of the model: nothing of it changes anything in training ----
 
     def evaluate(self, poll: Callable[[], None], batcher: TokenBatcher, first: int = 0) -> float:
-        """Mean loss in nats per token over a batcher's batches, or the `first` of them: eval mode, each target once."""
+        """Mean loss in nats per token over a batcher's batches, unshifted, or the `first` of them: eval mode, each
+        target once."""
         name = "proof" if batcher is self.batcher else "val"
-        return inference.evaluate(self.model, self.runtime, batcher, first or batcher.n_batches, name, poll)
+        count = first or math.ceil(batcher.n_targets / batcher.batch_tokens)
+        return inference.evaluate(self.model, self.runtime, batcher, count, name, poll)
 
     def prompts(self) -> list[str]:
         """The given prompt, then openings of passages drawn from the corpus by seed."""
         prompt = self.given.prompt or "\n"
         if prompt == TrainConfig.prompt and not self.tokenizer.knows(prompt):
             prompt = ""  # nobody asked for it
-        return text.draw_prompts(self.corpus, prompt, self.given.num_prompts, self.given.seed)
+        return text.draw_prompts(self.corpus.text, prompt, self.given.num_prompts, self.given.seed)
 
     def sample(self, poll: Callable[[], None]) -> list[tuple[str, str]]:
         """(prompt, continuation) of each prompt, from a random generator of its own."""
-        generator = torch.Generator().manual_seed(self.config.seed + self.progress.step)
+        rng = torch.Generator().manual_seed(self.config.seed + self.progress.step)
         prompts = self.prompts()
-        return inference.continue_prompts(
-            self.model, self.tokenizer, self.runtime, prompts, self.config, generator, poll
-        )
+        return inference.continue_prompts(self.model, self.tokenizer, self.runtime, prompts, self.config, rng, poll)
 
     # ---- checkpoints ----
 
@@ -899,7 +901,7 @@ class Trainer:
         progress = self.progress
         return {
             "format": checkpoint.FORMAT,
-            "model": self.model.state_dict(),
+            **self.runtime.whole(self.model, self.optimizer),
             "model_config": dataclasses.asdict(self.model.config),
             "config": dataclasses.asdict(self.given),
             "step": progress.step,
@@ -909,19 +911,19 @@ class Trainer:
             "corpus_sha256": self.corpus.sha256,
             "origin": self.origin,
             "progress": progress.state_dict(),
-            "optimizer": self.optimizer.state_dict(),
             "scheduler": self.scheduler.state_dict(),
             # A scaler that isn't used has an empty state, which can't be loaded.
             "scaler": self.runtime.scaler.state_dict() if self.runtime.scaler else None,
             "batcher": self.batcher.state_dict(),
             "rng": self.runtime.gather(machine.rng_state(self.runtime.device)),
-            "losses": self.losses.cpu(),
+            "losses": self.losses.to("cpu", copy=True),
             "made_on": self.runtime.describe(),
         }
 
     def load_state_dict(self, state: dict) -> None:
         """Goes back to where `state` was taken. Raises UsageError if settings that must stay have changed."""
         checkpoint.check_same_run(state, dataclasses.asdict(self.given), self.corpus)
+        state = self.runtime.cut(state, self.model, self.optimizer)
         self.model.load_state_dict(state["model"])
         checkpoint.load_optimizer(self.optimizer, state["optimizer"])
         if self.runtime.scaler and state["scaler"]:
@@ -955,7 +957,7 @@ class Loop:
         self.metrics = MetricsCSV(run_dir, log, fields)
         self.samples = SamplesFile(run_dir, log)
         before = [self.metrics.file, self.samples.file]
-        self.checkpoints = CheckpointWriter(run_dir, before, log, self.runtime.device, self.progress.best_saved)
+        self.checkpoints = CheckpointWriter(run_dir, before, log, self.runtime.host_copies(), self.progress.best_saved)
         self.board = rundir.NoBoard()
         self.record = record.RunRecord(trainer, run_dir, command)
         self.started_at = self.progress.step
@@ -972,27 +974,34 @@ class Loop:
         """Trains to the end, whatever it is, and returns what run.json then says. `notes` are for the log's opening.
         Raises RunError on a fault."""
         try:
-            self.open_files(notes)
-            ended = record.how_it_ended(self.trainer, self.runtime.first(self.run_dir.read_record()))
-            if ended:
-                self.log.info(f"Nothing to do: this run has ended ({ended}); to go on, give {record.REMEDIES[ended]}")
-                return self.record.content("nothing to do", self.clock.seconds())
-            self.record.write(None, self.clock.seconds())
-            try:
-                ended = self.finish(self.train_steps())
-            except Stopped:
-                ended = self.finish("interrupted")
+            with self.runtime.watched(self.fail):
+                ended = self.run_open(notes)
         except BaseException as e:
-            why = str(e) if isinstance(e, RunError) else f"{type(e).__name__}: {e}"
-            ended = f"failed: {why}"
-            self.log.error(ended)
-            with contextlib.suppress(OSError):  # the disk may be what failed
-                self.record.write(ended, self.clock.seconds())
+            self.fail(str(e) if isinstance(e, RunError) else f"{type(e).__name__}: {e}")
             raise
         finally:
             self.checkpoints.close()
             self.board.close()
         return self.record.write(ended, self.clock.seconds(), self.stop.signum)
+
+    def run_open(self, notes: Sequence[str]) -> str:
+        """Returns how the run ended."""
+        self.open_files(notes)
+        before = record.how_it_ended(self.trainer, self.runtime.first(self.run_dir.read_record()))
+        if before:
+            self.log.info(f"Nothing to do: this run has ended ({before}); to go on, give {record.REMEDIES[before]}")
+            return "nothing to do"
+        self.record.write(None, self.clock.seconds())
+        try:
+            return self.finish(self.train_steps())
+        except Stopped:
+            return self.finish("interrupted")
+
+    def fail(self, why: str) -> None:
+        """Says in log and run.json that the run failed."""
+        self.log.error(f"failed: {why}")
+        with contextlib.suppress(OSError):  # the disk may be what failed
+            self.record.write(f"failed: {why}", self.clock.seconds())
 
     def open_files(self, notes: Sequence[str]) -> None:
         """Takes rows and samples back to where the run is, and opens the log."""
@@ -1008,8 +1017,7 @@ class Loop:
         causality = inference.check_causality(trainer.model, self.runtime, config.seq_len)  # may change the precision
         rows = config.batch_size * config.seq_len
         self.limit = machine.Limit(self.runtime, trainer.model, rows, measured=not config.no_mfu)
-        last_pt_bytes = saved_bytes(trainer.model, config.optimizer)
-        for line in record.opening(trainer, self.limit, causality, last_pt_bytes):
+        for line in record.opening(trainer, self.limit, causality):
             self.log.info(line)
         for note in notes:
             self.log.info(note)
@@ -1023,8 +1031,7 @@ class Loop:
         epoch_length = 0.0
         if config.epochs:
             epoch_length = config.steps_per_epoch or self.trainer.batcher.n_batches / self.trainer.batches_per_step
-        enabled = self.runtime.rank == 0
-        with contextlib.closing(StepBar(config.steps, progress.step, epoch_length, enabled)) as bar:
+        with contextlib.closing(StepBar(config.steps, progress.step, epoch_length, self.runtime.rank == 0)) as bar:
             # A resumed run may have been cut off after a step, before all that the step leads to was done.
             ended = self.after_step(bar) if progress.step else ""
             while not ended:
@@ -1222,19 +1229,20 @@ class Loop:
             self.checkpoints.save(state, best)
 
 
-def train(config: TrainConfig, command: str = "") -> dict:
-    """Trains as configured and returns what run.json then says; `command` goes into it.
+def train(config: TrainConfig, command: str = "", meeting: machine.Alone | None = None) -> dict:
+    """Trains as configured and returns what run.json then says; `command` goes into it. Processes come from `meeting`.
 
     Raises UsageError, before anything is written, for settings or input that can't work; RunError for a fault later."""
     config.validate()
-    runtime = machine.start_runtime(config.device, config.amp, config.deterministic)
-    try:
+    alone = machine.start_runtime(config.device, config.amp, config.deterministic)
+    with (meeting or machine.meet()).join(alone, config) as runtime:
         with runtime.first_one_first():  # the others find the tokens in the cache
             keep = not config.dry_run
             tokenizer, corpus = text.load_text(config.input_file, config.tokenizer, config.cache_dir, keep)
+        runtime.check_alike({"the text's SHA-256": corpus.sha256})
         trainer = Trainer(config, corpus, tokenizer, runtime)
         if config.dry_run:
-            lines = list(dry_run.describe(trainer, saved_bytes(trainer.model, config.optimizer)))
+            lines = list(dry_run.describe(trainer))
             if runtime.rank == 0:
                 rundir.show("\n".join(lines))
             return {"exit_code": 0}
@@ -1245,15 +1253,12 @@ def train(config: TrainConfig, command: str = "") -> dict:
             if runtime.rank == 0:
                 held.enter_context(run_dir.lock())  # before loading: what a run that still writes has now is soon old
                 run_dir.check_space(28 * sum(p.numel() for p in trainer.model.parameters()))
-            path, notes = run_dir.resume(trainer)
-            runtime.wait()  # all have read it before it changes its name
+            path, notes = run_dir.resume(trainer)  # all have read it before it changes its name
             if runtime.rank == 0:
                 run_dir.prepare(config.overwrite, path)
             log = held.enter_context(rundir.open_log(run_dir, enabled=runtime.rank == 0))
             stop = held.enter_context(StopSignals())
             return Loop(trainer, run_dir, log, stop, command).run(notes)
-    finally:
-        runtime.close()
 
 
 # ======== Command line ================================================================================================
@@ -1267,7 +1272,7 @@ def build_parser() -> argparse.ArgumentParser:
 
 def config_from_flags(argv: Sequence[str]) -> TrainConfig:
     """Raises UsageError with all problems of the flags at once; RunError for a checkpoint that can't be read."""
-    return settings.from_flags(TrainConfig, argv)
+    return from_flags(TrainConfig, argv)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -1275,11 +1280,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     words = sys.argv[1:] if argv is None else list(argv)
     if "-h" in words or "--help" in words:
         build_parser().parse_args(["--help"])  # prints, and ends the program
+    meeting = machine.meet()
 
     def body() -> int:
-        return train(config_from_flags(words), shlex.join(["python", "train.py", *words]))["exit_code"]
+        config = meeting.agreed(lambda: config_from_flags(words))
+        return train(config, shlex.join(["python", "train.py", *words]), meeting)["exit_code"]
 
-    return cli.run_program("train.py", body, "lower --batch_size or --seq_len, or add --grad_checkpoint")
+    return cli.run_program("train.py", body, "lower --batch_size or --seq_len, or add --grad_checkpoint", meeting.say)
 
 
 if __name__ == "__main__":

@@ -18,6 +18,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import difflib
+import glob
 import os
 import re
 import shlex
@@ -85,6 +86,26 @@ class Change:
         """Where the new content waits. The id tells apart two files whose long names begin alike."""
         return self.target().with_name(f".{self.path.name[:40]}.{os.getpid()}.{id(self)}.part")
 
+    def clear_up(self) -> None:
+        """Removes what a killed process left where it put new content."""
+        target = self.target()
+        for part in target.parent.glob(f".{glob.escape(self.path.name[:40])}.*.*.part"):
+            number = part.name.split(".")[-3]
+            if number.isdigit() and not is_running(int(number)):
+                with contextlib.suppress(OSError):
+                    part.unlink()
+
+    def check(self) -> None:
+        """Raises ReadmeError for a file that isn't to be replaced."""
+        if self.old is None:
+            return
+        about = self.target().stat()
+        if not about.st_mode & 0o222 or not os.access(self.target(), os.W_OK):
+            raise ReadmeError(f"{self.path} is write-protected: chmod u+w {shlex.quote(str(self.path))} permits it")
+        if about.st_nlink > 1:
+            remedy = "put a copy in its place, which is a file of its own"
+            raise ReadmeError(f"{self.path} has other names (hard links), which would keep the old text: {remedy}")
+
     def stage(self) -> None:
         """Puts the new content on the disk, beside the file. Raises ReadmeError if that can't be done."""
         try:
@@ -118,8 +139,23 @@ class Change:
         return "".join(shown)
 
 
+def is_running(number: int) -> bool:
+    """Is there a process of this number? On Windows that can't be asked, but a file that is open can't be removed."""
+    if os.name == "nt":
+        return False
+    try:
+        os.kill(number, 0)  # sends nothing
+    except ProcessLookupError:
+        return False
+    except (OSError, OverflowError):  # another user's
+        return True
+    return True
+
+
 def write(changes: Sequence[Change]) -> None:
     """All of the files or, if one can't be written, none of them."""
+    for change in changes:
+        change.check()
     replaced = []
     try:
         for change in changes:
@@ -185,7 +221,7 @@ class Page:
             start, end = self.blocks[name]
             # As far to the right as the marker, so that it stays in the same list item.
             indent, newline = re.match(r"([ \t]*).*?([\r\n]+)\Z", lines[start]).groups()
-            content = ["", *contents[name].beside(self.path.parent), ""]
+            content = ["", *contents[name].beside(folder_of(self.path)), ""]
             lines[start + 1 : end] = [indented(line, indent) + newline for line in content]
         if find_blocks(lines, str(self.path)).keys() != self.blocks.keys():
             raise ReadmeError(
@@ -203,6 +239,13 @@ def read_page(path: Path) -> Page:
     old = path.read_bytes()
     lines = lines_of(text_of(old).removeprefix(BYTE_ORDER_MARK))
     return Page(path, old, find_blocks(lines, str(path)))
+
+
+def folder_of(path: Path) -> Path:
+    """Where a file lies, behind any link to it: its pictures go there, and its links are as seen from there."""
+    if path.is_symlink():
+        path = Path(os.path.realpath(path))
+    return path.parent
 
 
 def default_pages() -> list[Page]:
@@ -245,7 +288,7 @@ def plan_pages(pages: Sequence[Page], run_dir: Path, assets_dir: Path) -> tuple[
     """(the files as they should be, what to tell the user). Writes nothing.
 
     All pages name folders as they are seen from the first. Raises ReadmeError for a run that can't be read."""
-    base = pages[0].path.parent
+    base = folder_of(pages[0].path)
     names = [name for name in NAMES if any(name in page.blocks for page in pages)]
     run, notes = read_run(run_dir, relative(run_dir, base))
     run = published.with_published(run, names, run_dir, base)
@@ -324,9 +367,11 @@ def update(args: argparse.Namespace) -> int:
             say(f"update_readme.py: {path} isn't a file: name one with --readme", to=sys.stderr)
             return 2
     pages = named_pages(files) if args.readme else default_pages()
-    changes, notes = plan_pages(pages, args.run_dir, args.assets_dir or files[0].parent / "assets")
+    changes, notes = plan_pages(pages, args.run_dir, args.assets_dir or folder_of(files[0]) / "assets")
     stale = [change for change in changes if change.old != change.new]
     if not args.check and not args.diff:
+        for change in changes:
+            change.clear_up()
         write(stale)
     done = what_is_done(args)
     for change in changes:

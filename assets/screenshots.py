@@ -1,4 +1,4 @@
-"""Takes the README's pictures of the web page in a real browser: assets/page.png and assets/generation.png.
+"""Takes the docs' pictures of the web page in a real browser: assets/page.png and assets/generation.png.
 
     python assets/screenshots.py out/checkpoints/best.pt
     python assets/screenshots.py out_demo/checkpoints/best.pt --folder /tmp   # leaves the old ones as they are
@@ -21,7 +21,6 @@ sys.path.insert(0, str(ROOT))
 from support.cli import program_parser  # noqa: E402
 
 PORT = 7864
-PROMPT = "First Citizen:\nBefore we proceed any further, hear me speak.\n"
 
 
 def wait_for_page(server: subprocess.Popen, seconds: float = 120) -> None:
@@ -37,7 +36,7 @@ def wait_for_page(server: subprocess.Popen, seconds: float = 120) -> None:
 
 
 def take(folder: Path) -> None:
-    """Opens the page, fills it in, and waits for the text."""
+    """Opens the page, asks it to go on from its own first prompt, and waits for the text."""
     from playwright.sync_api import expect, sync_playwright
 
     with sync_playwright() as playwright:
@@ -47,7 +46,6 @@ def take(folder: Path) -> None:
         expect(page.locator("#generate")).to_be_visible()
         time.sleep(1)  # until the sliders are drawn
         page.screenshot(path=folder / "page.png", full_page=True)
-        page.fill("#prompt textarea", PROMPT)
         page.fill("#max_new_tokens input[type=number]", "120")
         page.fill("#temperature input", "0.8")
         page.click("#generate")

@@ -33,7 +33,7 @@ def save_bits(check: Check) -> dict:
     trainer = make_trainer(check, "fp16", **shape)
     run_dir = train.RunDirectory(check.folder + "/out")
     run_dir.prepare(overwrite=True, resumed=None)
-    writer = train.CheckpointWriter(run_dir, [], mock.Mock(), trainer.runtime.device, (True, math.inf))
+    writer = train.CheckpointWriter(run_dir, [], mock.Mock(), trainer.runtime.host_copies(), (True, math.inf))
     tensors = 0
     for _ in range(2):  # the second one uses the first one's buffers again
         steps(trainer, 3)

@@ -116,7 +116,7 @@ def describe(run: Run) -> str:
     best = run.best(key)
     if not best:
         return f"Training of {run.folder}: no finite loss was logged"
-    first = next(row for row in run.rows if math.isfinite(row.get(key, math.nan)))
+    first = run.with_figure(key)[0]
     if best is first:
         text = f"{key} of {run.folder} was lowest at step {best['step']}, {best[key]:.4g}"
     else:
@@ -158,12 +158,14 @@ def describe_comparison(run: Run) -> str:
 
 
 def series(run: Run, key: str, over: str = "step") -> tuple[list[float], list[float]]:
-    """(steps, values) of a column, as many as can be told apart in the picture."""
+    """(steps, values) of a column, as many as can be told apart in the picture; avg_loss from the first full pass on.
+
+    Before that it is no mean over the text, and the key says that it is."""
     least = 0 if key == "lr" else TINY
     points = []
-    for row in run.rows:
+    for row in run.with_figure(key):
         x = row.get(over, math.nan)
-        y = row.get(key, math.nan)
+        y = row[key]
         if math.isfinite(x) and least <= y < 1 / TINY:
             points.append((x, y))
     shown = [points[i] for i in thin(len(points), CURVE_POINTS)]

@@ -5,21 +5,23 @@ from __future__ import annotations
 import dataclasses
 import errno
 import math
+import os
 import zipfile
 from pathlib import Path
 
 import torch
 import torch.nn as nn
 
-from support.cli import DamagedError, RunError, UsageError
-from support.files import atomic_write
+from support import machine
+from support.cli import DamagedError, RunError, UsageError, is_out_of_memory
+from support.files import atomic_write, odd_kind
 from support.text import Corpus, Tokenizer, saved_tokenizer
 
 FORMAT = 2  # raised when an older program couldn't read a newer file
 
 # In files from before these were settings.
 EARLIER_SETTINGS = {"optimizer": "adamw", "embed_lr": 0.0, "val_fraction": 0.0, "best_by": "train", "arch": "gpt2"}
-EARLIER_SETTINGS |= {"n_expert": 7, "n_expert_active": 2, "expert_width": 0}
+EARLIER_SETTINGS |= {"shift_windows": False, "n_expert": 7, "n_expert_active": 2, "expert_width": 0}
 
 
 def save_checkpoint(path: Path, content: dict, previous: Path | None = None, spare: Path | None = None) -> None:
@@ -42,33 +44,62 @@ def load_checkpoint(path: str | Path, lazy: bool = False) -> dict:
     """A checkpoint, on the CPU. Never runs code that the file may hold. `lazy` reads a tensor only when it is used;
     else the whole file is read and compared with its checksums.
 
-    Raises UsageError for a file that isn't there, RunError for one that is damaged, or of another program or a newer
-    version."""
+    Raises UsageError for a file that isn't there or is no file, RunError for one that is damaged, or of another program
+    or a newer version."""
+    content = read_archive(path, lazy)
+    kinds = {"format": int, "model": dict, "config": dict, "step": int}
+    known = isinstance(content, dict) and kinds.keys() <= content.keys()
+    if not known or not all(isinstance(content[name], kind) for name, kind in kinds.items()):
+        raise RunError(f"checkpoint {path} isn't of this program: name a last.pt that train.py wrote")
+    if content["format"] > FORMAT:
+        raise RunError(f"checkpoint {path} is of a newer version of train.py: update this one")
+    try:
+        content = upgrade(content)
+    except (KeyError, TypeError, ValueError) as e:
+        raise damaged(path, repr(e)) from None
+    check_content(path, content)
+    if not lazy:
+        check_weights(path, content["model"])
+    return content
+
+
+def read_archive(path: str | Path, lazy: bool):
+    """What a file of torch holds. Raises as load_checkpoint does, and what tells of a full memory."""
+    odd = odd_kind(path)
+    if odd:
+        raise UsageError(f"checkpoint {path} is {odd}: name a last.pt or best.pt that train.py wrote")
     try:
         check_archive(path, lazy)
-        content = torch.load(path, map_location="cpu", weights_only=True, mmap=lazy)
+        return torch.load(path, map_location="cpu", weights_only=True, mmap=lazy)
     except FileNotFoundError:
         raise UsageError(f"checkpoint {path} doesn't exist: check the path") from None
     except PermissionError as e:
         raise RunError(f"checkpoint {path} can't be read ({e.strerror}): check its permissions") from None
     except Exception as e:  # arbitrary bytes make torch's reader raise almost anything
-        raise DamagedError(
-            f"checkpoint {path} is damaged or isn't a checkpoint ({type(e).__name__}): resume from the previous.pt"
-            " beside it, sample from its best.pt, or start anew with --overwrite"
-        ) from None
-    known = isinstance(content, dict) and {"format", "model", "config", "step"} <= content.keys()
-    if not (known and isinstance(content["format"], int) and isinstance(content["config"], dict)):
-        raise RunError(f"checkpoint {path} isn't of this program: name a last.pt that train.py wrote")
-    if content["format"] > FORMAT:
-        raise RunError(f"checkpoint {path} is of a newer version of train.py: update this one")
-    return upgrade(content)
+        if is_out_of_memory(e):
+            raise
+        raise damaged(path, type(e).__name__) from None
+
+
+def damaged(path: str | Path, why: str) -> DamagedError:
+    return DamagedError(
+        f"checkpoint {path} is damaged or isn't a checkpoint ({why:.80}): resume from the previous.pt beside it, sample"
+        " from its best.pt, or start anew with --overwrite"
+    )
 
 
 def check_archive(path: str | Path, lazy: bool) -> None:
     """Reads the files of the archive to their ends, where zipfile compares their CRC-32: torch itself doesn't look at
-    it. `lazy` leaves the large ones out. Raises BadZipFile or OSError."""
+    it. `lazy` leaves the large ones out. Raises BadZipFile or OSError.
+
+    torch packs nothing. Files that are packed, or share their bytes, could fill any memory when they are read."""
     with zipfile.ZipFile(path) as archive:
-        for member in archive.infolist():
+        members = archive.infolist()
+        if sum(member.file_size for member in members) > os.path.getsize(path):
+            raise zipfile.BadZipFile("more is in it than it is large")
+        for member in members:
+            if member.compress_type != zipfile.ZIP_STORED:
+                raise zipfile.BadZipFile(f"{member.filename} is packed")
             if member.external_attr & 0x10:  # marked as a folder: torch would read nothing, and leave what memory held
                 raise zipfile.BadZipFile(f"{member.filename} is a folder")
             if lazy and member.file_size >= 1 << 20:
@@ -76,6 +107,48 @@ def check_archive(path: str | Path, lazy: bool) -> None:
             with archive.open(member) as f:
                 while f.read(1 << 22):
                     pass
+
+
+def check_content(path: str | Path, content: dict) -> None:
+    """Raises RunError for what can't be in a checkpoint, before anything is computed with it or sized by it."""
+    given = content["config"] | content
+    for name in ("origin", "prompt", "arch"):
+        if not isinstance(given.get(name) or "", str):
+            raise damaged(path, f"its {name} is no text")
+    for name in ("step", "loss", "temperature", "top_k"):
+        value = given.get(name) or 0
+        if not isinstance(value, (int, float)) or not 0 <= value < 2**63:  # also true of nan
+            raise damaged(path, f"its {name} is no number of 0 or more")
+    weights = content["model"].values()
+    if not all(map(is_plain, weights)):
+        raise damaged(path, "its weights aren't plain tensors")
+    if sum(tensor.nbytes for tensor in weights) > 2 * os.path.getsize(path):  # tied ones count twice
+        raise damaged(path, "its weights are larger than the file")
+
+
+def is_plain(tensor) -> bool:
+    """Is this a tensor as a checkpoint has them? Others, as sparse ones, can stand for more than a file holds."""
+    if not isinstance(tensor, torch.Tensor):
+        return False
+    return tensor.layout is torch.strided and tensor.device.type == "cpu" and tensor.is_floating_point()
+
+
+def check_weights(path: str | Path, weights: dict[str, torch.Tensor]) -> None:
+    """Raises DamagedError for weights of which one isn't finite: all that is computed with it would be nan too."""
+    name = not_finite(weights)
+    if name:
+        raise damaged(path, f"{name} isn't finite")
+
+
+def not_finite(weights: dict[str, torch.Tensor]) -> str:
+    """The name of the first tensor that holds nan or an infinity, "" where all are finite."""
+    for name, tensor in weights.items():
+        if not tensor.numel():
+            continue
+        least, most = tensor.aminmax()  # nan, if one is
+        if not (math.isfinite(least) and math.isfinite(most)):
+            return name
+    return ""
 
 
 def upgrade(content: dict) -> dict:
@@ -113,18 +186,36 @@ def load_model(path: str | Path, architectures: dict, lazy: bool = True) -> tupl
     checkpoint = load_checkpoint(path, lazy)
     try:
         make, model_config = architectures[checkpoint["config"]["arch"]]()
-        model = make(model_config(**checkpoint["model_config"]))
+        shape = model_config(**checkpoint["model_config"])
+        if shape.n_layer > len(checkpoint["model"]):
+            raise ValueError("it has fewer weights than layers")
+        with machine.outline():
+            sketch = make(shape)
+        if shapes_of(sketch.state_dict()) != shapes_of(checkpoint["model"]):
+            raise ValueError("its weights aren't of the shape that it names")
+        model = make(shape)
         model.load_state_dict(checkpoint["model"])
-        return model, saved_tokenizer(checkpoint["tokenizer"]), checkpoint
+        if lazy:  # else it was looked at already
+            check_weights(path, model.state_dict())
+        tokenizer = saved_tokenizer(checkpoint["tokenizer"])
+        if tokenizer.vocab_size != model.config.vocab_size:
+            raise ValueError(f"{tokenizer.vocab_size} tokens, and a model of {model.config.vocab_size}")
+        return model, tokenizer, checkpoint
     except (KeyError, TypeError, ValueError, RuntimeError) as e:
+        if is_out_of_memory(e):
+            raise
         raise RunError(f"checkpoint {path} lacks what a model needs ({e!r:.80}): use another one") from e
+
+
+def shapes_of(weights: dict[str, torch.Tensor]) -> dict[str, torch.Size]:
+    return {name: tensor.shape for name, tensor in weights.items()}
 
 
 # ---- is it the same run? ----
 
 # Another value of one of these makes another run, which a checkpoint can't go on with.
 FIXED = ("block_size", "n_layer", "n_head", "n_embd", "dropout", "tokenizer", "batch_size", "seq_len", "seed")
-FIXED = (*FIXED, "randomize_batches", "optimizer", "val_fraction", "best_by")
+FIXED = (*FIXED, "randomize_batches", "shift_windows", "optimizer", "val_fraction", "best_by")
 FIXED = (*FIXED, "arch", "n_expert", "n_expert_active", "expert_width")
 # These belong to one start and not to the run.
 PASSING = ("preset", "out_dir", "resume", "overwrite", "init_from", "input_file", "cache_dir")

@@ -6,6 +6,7 @@ import argparse
 import contextlib
 import dataclasses
 import difflib
+import errno
 import math
 import re
 import signal
@@ -18,6 +19,7 @@ from dataclasses import dataclass, field
 STOP_SIGNALS = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGBREAK") if hasattr(signal, name)]
 DEVICES = ("auto", "cpu", "cuda", "mps")
 PRECISIONS = ("auto", "fp16", "bf16", "off")
+DISK_FULL = (errno.ENOSPC, errno.EDQUOT)
 
 
 # ---- errors ----
@@ -43,7 +45,16 @@ class Stopped(Exception):
     """A signal asked for the end in the middle of a proof or a sample."""
 
 
-def run_program(name: str, body: Callable[[], int], when_memory_is_full: str) -> int:
+def say(name: str, sentence: str) -> None:
+    """A sentence on stderr, which may be closed, or None as under pythonw."""
+    with contextlib.suppress(OSError, AttributeError):
+        printable = sentence.encode(errors="backslashreplace").decode()
+        print(f"{name}: {printable}", file=sys.stderr, flush=True)
+
+
+def run_program(
+    name: str, body: Callable[[], int], when_memory_is_full: str, say: Callable[[str, str], None] = say
+) -> int:
     """Calls `body` and returns its exit code. Every known fault becomes one sentence on stderr and a code of its own:
     1 a fault while running, 2 unusable flags or input, 130 Ctrl-C. A fault that nobody foresaw keeps its traceback."""
     try:
@@ -55,11 +66,15 @@ def run_program(name: str, body: Callable[[], int], when_memory_is_full: str) ->
     except RunError as e:
         say(name, str(e))
     except (RuntimeError, MemoryError) as e:
-        if not is_out_of_memory(e):
+        if "can't start new thread" in str(e):
+            say(name, "no more threads can be started here: stop other programs, or raise the limit (ulimit -u)")
+        elif is_out_of_memory(e):
+            say(name, f"the memory is full: {when_memory_is_full}")
+        else:
             raise
-        say(name, f"the memory is full: {when_memory_is_full}")
     except OSError as e:
-        say(name, f"{e.strerror or e} ({e.filename or 'no file named'})")
+        remedy = ": make room, then try again" if e.errno in DISK_FULL else ""
+        say(name, f"{e.strerror or e} ({e.filename or 'no file named'}){remedy}")
     except KeyboardInterrupt:
         say(name, "interrupted")
         return 128 + signal.SIGINT
@@ -67,16 +82,10 @@ def run_program(name: str, body: Callable[[], int], when_memory_is_full: str) ->
 
 
 def is_out_of_memory(e: Exception) -> bool:
-    """Is this a full memory? A CPU's allocator says so in a plain RuntimeError, so its words are all there is."""
-    words = str(e)
-    return isinstance(e, MemoryError) or "can't allocate memory" in words or "out of memory" in words
-
-
-def say(name: str, sentence: str) -> None:
-    """A sentence on stderr, which may be closed, or None as under pythonw."""
-    with contextlib.suppress(OSError, AttributeError):
-        printable = sentence.encode(errors="backslashreplace").decode()
-        print(f"{name}: {printable}", file=sys.stderr, flush=True)
+    """Is this a full memory? torch says so in a plain RuntimeError, so its words are all there is."""
+    words = str(e).lower()
+    told = ("can't allocate memory", "cannot allocate memory", "out of memory")
+    return isinstance(e, MemoryError) or any(one in words for one in told)
 
 
 def duration(seconds: float) -> str:

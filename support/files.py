@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import errno
+import glob
 import os
 import platform
 import shutil
@@ -55,13 +56,69 @@ def drop_from_cache(handle: int) -> None:
             os.posix_fadvise(handle, 0, 0, os.POSIX_FADV_DONTNEED)
 
 
+def odd_kind(path: str | Path) -> str:
+    """What stands at a path in the place of a file: opening a pipe would wait for ever. "" for a file, and where there
+    is nothing."""
+    if os.path.islink(path) and not os.path.exists(path):
+        return f"a link that leads nowhere ({os.readlink(path)})"
+    if os.path.isdir(path):
+        return "a folder"
+    if os.path.exists(path) and not os.path.isfile(path):
+        return "a pipe or a device"
+    return ""
+
+
+@contextlib.contextmanager
+def naming(path: Path):
+    """Gives an OSError that names no file, as of a full disk, this one's name."""
+    try:
+        yield
+    except OSError as e:
+        if e.errno and e.filename is None:
+            e.filename = str(path)
+        raise
+
+
+def part_beside(path: Path) -> Path:
+    """Where a process makes what will stand at `path`: no two of them in the same place, since two runs may fetch or
+    tokenize the same text at once. What processes of this machine that are dead left of it is removed."""
+    name = f"{path.name}.{platform.node()}"  # in a network drive's folder, another machine has the same numbers
+    for part in path.parent.glob(f"{glob.escape(name)}.*.part"):
+        number = part.name[len(name) + 1 : -len(".part")]
+        if number.isdigit() and not is_running(int(number)):
+            remove(part)
+    return path.with_name(f"{name}.{os.getpid()}.part")
+
+
+def is_running(number: int) -> bool:
+    """Is there a process of this number? On Windows that can't be asked, but a file that is open can't be removed."""
+    if WINDOWS:
+        return False
+    try:
+        os.kill(number, 0)  # sends nothing
+    except ProcessLookupError:
+        return False
+    except (OSError, OverflowError):  # another user's
+        return True
+    return True
+
+
+def remove(path: Path) -> None:
+    """A file, or a folder with all that is in it, as far as it can be removed."""
+    if path.is_dir():
+        shutil.rmtree(path, ignore_errors=True)
+        return
+    with contextlib.suppress(OSError):
+        path.unlink()
+
+
 @contextlib.contextmanager
 def atomic_write(path: Path, previous: Path | None = None, cached: bool = True):
     """A binary file that takes the place of `path` when it is whole and on the disk, and never before. The file that
     stood there is kept as `previous`. Without `cached`, its bytes don't stay in the page cache."""
-    part = path.with_name(f"{path.name}.{os.environ.get('RANK', 0)}.part")  # several processes may fetch the same file
+    part = part_beside(path)
     try:
-        with open(part, "wb") as f:  # not NamedTemporaryFile: its mode 0600 would outlive the rename
+        with naming(path), open(part, "wb") as f:  # not NamedTemporaryFile: its mode 0600 would outlive the rename
             yield f
             f.flush()
             sync_file(f.fileno())
@@ -136,14 +193,15 @@ def whole_folder(folder: Path):
     """A folder beside `folder` to write files into, which move there when all are written. A fault leaves nothing of
     them; a kill leaves a folder that ends in .part, which the next try removes."""
     folder = folder.resolve()
-    part = folder.with_name(f".{folder.name}.part")
-    shutil.rmtree(part, ignore_errors=True)
+    part = part_beside(folder.with_name(f".{folder.name}"))
+    remove(part)
     part.mkdir(parents=True)
     try:
-        yield part
-        move_files(part, folder)
+        with naming(folder):
+            yield part
+            move_files(part, folder)
     finally:
-        shutil.rmtree(part, ignore_errors=True)
+        remove(part)
 
 
 def move_files(source: Path, target: Path) -> None:

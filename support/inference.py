@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import codecs
 import random
+import reprlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -51,8 +52,8 @@ def stream(
             fresh = rows
             cache = model.new_cache()
         with sdpa_kernel(ATTENTION):
-            logits = model.lm_head(model.hidden(fresh, cache)[:, -1])
-        fresh = pick_token(logits.float().cpu(), temperature, top_k, generator, top_p).to(idx.device)
+            logits, _ = model(fresh, cache=cache)
+        fresh = pick_token(logits[:, -1].float().cpu(), temperature, top_k, generator, top_p).to(idx.device)
         rows = torch.cat((rows, fresh), dim=1)
         yield fresh
 
@@ -111,24 +112,28 @@ def continue_prompts(
 @torch.no_grad()
 def evaluate(model, runtime: Runtime, batcher, count: int, name: str, poll=do_nothing) -> float:
     """Mean loss in nats per token over the first `count` of a TokenBatcher's batches, in eval mode, each target counted
-    once. The processes share the batches."""
+    once. The processes share the batches, and add up their losses in order: so any number of them gets the same."""
     model.eval()
+    count = min(count, batcher.n_batches)
+    losses = []
+    rounds = range(0, count, runtime.world_size)
+    for first in tqdm(rounds, desc=name, leave=False, disable=no_bar(runtime.rank == 0)):
+        poll()
+        i = min(first + runtime.rank, count - 1)  # all processes have as many rounds; a batch too many isn't counted
+        idx, targets = batcher.batch(i)
+        # -1: what the batch before has counted
+        repeated = torch.arange(batcher.repeated(i), device=targets.device)
+        with runtime.autocast():
+            _, loss = model(idx, targets.flatten().index_fill(0, repeated, -1), keep_logits=False)
+        losses.append(loss.item())
     total = 0.0
     targets_seen = 0
-    mine = range(runtime.rank, min(count, batcher.n_batches), runtime.world_size)
-    for i in tqdm(mine, desc=name, leave=False, disable=no_bar(runtime.rank == 0)):
-        poll()
-        idx, targets = batcher.batch(i)
-        repeated = batcher.repeated(i)
-        counted = batcher.batch_tokens - repeated
-        # -1: what the batch before has counted
-        targets = targets.flatten().index_fill(0, torch.arange(repeated, device=targets.device), -1)
-        with runtime.autocast():
-            _, loss = model(idx, targets, keep_logits=False)
-        total += loss.item() * counted
+    everyones = runtime.gather(losses)
+    for i in range(count):
+        counted = batcher.batch_tokens - batcher.repeated(i)
+        total += everyones[i % runtime.world_size][i // runtime.world_size] * counted
         targets_seen += counted
-    totals, counts = zip(*runtime.gather((total, targets_seen)), strict=True)
-    return sum(totals) / sum(counts)
+    return total / targets_seen
 
 
 # ---- what is known by heart ----
@@ -228,6 +233,8 @@ BOUNDS = {
     "top_p": (0.01, 1.0),
     "seed": (0, 2**63 - 1),
 }
+# Of the web page, where a request costs others their time. Over 2^53 a browser's whole numbers aren't exact.
+PAGE_BOUNDS = BOUNDS | {"num_samples": (1, 4), "max_new_tokens": (1, 1000), "seed": (0, 2**53 - 1)}
 
 
 @dataclass(frozen=True)
@@ -243,8 +250,11 @@ class Request:
     seed: int = 1337
 
     def problems(self, bounds: dict[str, tuple] = BOUNDS) -> dict[str, str]:
-        """{field: what is wrong with it, and what would be right}. The web page has narrower bounds."""
+        """{field: what is wrong with it, and what would be right}. Its values may be of any type."""
         found = {}
+        problem = prompt_problem(self.prompt)
+        if problem:
+            found["prompt"] = problem
         for name, (least, most) in bounds.items():
             problem = number_problem(getattr(self, name), least, most)
             if problem:
@@ -252,12 +262,23 @@ class Request:
         return found
 
 
+def prompt_problem(value) -> str:
+    """What is wrong with a value that should be a text that UTF-8 can hold."""
+    if not isinstance(value, str):
+        return f"{reprlib.repr(value)} isn't a text: type a prompt"
+    if any("\ud800" <= character <= "\udfff" for character in value):
+        return "half a character stands in it (a lone surrogate): type it again"
+    return ""
+
+
 def number_problem(value, least: float, most: float) -> str:
     """What is wrong with a value that should be a number between these two, and whole if they are."""
     whole = isinstance(least, int)
+    if value is None or value == "":
+        return f"this is empty: enter a number from {least:,} to {most:,}"
     if isinstance(value, bool) or not isinstance(value, int if whole else (int, float)):
         kind = "whole number" if whole else "number"
-        return f"{value!r} isn't a {kind}: use one from {least:,} to {most:,}"
+        return f"{reprlib.repr(value)} isn't a {kind}: use one from {least:,} to {most:,}"
     if not least <= value <= most:  # true of nan too
         return f"{value:,} is out of bounds: use {least:,} to {most:,}"
     return ""
@@ -278,6 +299,7 @@ class Writer:
         self.nothing = "\n" if self.tokenizer.knows("\n") else self.tokenizer.vocabulary[0]
         prompt = checkpoint["config"].get("prompt") or "\n"
         self.trained_prompt = prompt if self.tokenizer.knows(prompt) else self.nothing
+        self.trained_on = (checkpoint["config"].get("input_file") or "", checkpoint.get("corpus_sha256"))
         self.runtime = start_runtime(device, amp)
         self.model.to(self.runtime.device).eval()
         check_causality(self.model, self.runtime, min(64, self.context))

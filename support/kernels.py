@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import collections
 import contextlib
+import functools
 import math
+from collections.abc import Callable, Iterator, Sequence
 
 import torch
 import torch.nn as nn
@@ -126,41 +128,50 @@ def polynomial(gram: torch.Tensor, a: float, b: float, c: float) -> torch.Tensor
     return p
 
 
+def updates_here(matrices: Sequence, direction: Callable, dtype: torch.dtype) -> Iterator[tuple]:
+    """Yields (matrix or stack of them, its orthogonalized direction, by products in `dtype`). Those of one shape are
+    worked on together: a GPU would wait longer for the next small product than it works on it."""
+    stacks = collections.defaultdict(list)
+    for p in matrices:
+        stacks[p.shape].append(p)
+    for stack in stacks.values():
+        directions = torch.stack([direction(p) for p in stack])
+        updates = orthogonalized(directions.flatten(0, -3), dtype)  # of a stack, each matrix by itself
+        yield from zip(stack, updates.view_as(directions), strict=True)
+
+
 class Muon(torch.optim.Optimizer):
-    """Momentum, orthogonalized (Jordan et al. 2024, "Muon"). Matrices of one shape are worked on together: a GPU would
-    wait longer for the next small product than it works on it. Updates are scaled to the size of AdamW's (Liu et al.
+    """Momentum, orthogonalized (Jordan et al. 2024, "Muon"). Updates are scaled to the size of AdamW's (Liu et al.
     2025, section 2.2), so that the usual learning rates do."""
 
-    def __init__(self, params, dtype: torch.dtype, **options):
+    def __init__(self, params, dtype: torch.dtype, updates: Callable = updates_here, **options):
         """params: matrices or stacks of them (N, rows, columns), such as experts', or groups of both; options: lr,
-        momentum and weight_decay."""
+        momentum and weight_decay. Several processes share the work by `updates` of theirs."""
         super().__init__(params, options)
         self.dtype = dtype
+        self.updates = updates
 
     @torch.no_grad()
     def step(self, closure=None) -> None:
         for group in self.param_groups:
-            stacks = collections.defaultdict(list)
-            for p in group["params"]:
-                if p.grad is not None:
-                    stacks[p.shape[-2:]].append(p)
-            for shape, stack in stacks.items():
-                directions = [self.direction(p, group["momentum"]).reshape(-1, *shape) for p in stack]
-                counts = [len(direction) for direction in directions]
-                updates = orthogonalized(torch.cat(directions), self.dtype).split(counts)
-                size = 0.2 * math.sqrt(max(shape))
-                for p, update in zip(stack, updates, strict=True):
-                    p.mul_(1 - group["lr"] * group["weight_decay"])
-                    p.add_(update.view_as(p), alpha=-group["lr"] * size)
+            matrices = [p for p in group["params"] if p.grad is not None]
+            for p in matrices:
+                self.remember(p, group["momentum"])
+            direction = functools.partial(self.direction, momentum=group["momentum"])
+            for p, update in self.updates(matrices, direction, self.dtype):
+                p.mul_(1 - group["lr"] * group["weight_decay"])
+                p.add_(update, alpha=-group["lr"] * 0.2 * math.sqrt(max(p.shape[-2:])))
 
-    def direction(self, p: torch.Tensor, momentum: float) -> torch.Tensor:
-        """Nesterov's: the average of the gradients, a step ahead."""
+    def remember(self, p: torch.Tensor, momentum: float) -> None:
+        """The average of the gradients."""
         state = self.state[p]
         if not state:
             state["momentum_buffer"] = torch.zeros_like(p)
-        average = state["momentum_buffer"]
-        average.lerp_(p.grad, 1 - momentum)
-        return p.grad.lerp(average, momentum)
+        state["momentum_buffer"].lerp_(p.grad, 1 - momentum)
+
+    def direction(self, p: torch.Tensor, momentum: float) -> torch.Tensor:
+        """Nesterov's: that average, a step ahead."""
+        return p.grad.lerp(self.state[p]["momentum_buffer"], momentum)
 
 
 class MuonAdamW(torch.optim.Optimizer):

@@ -10,19 +10,45 @@ import random
 import re
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import torch
-import torch.distributed as dist
 import torch.nn as nn
+from torch.overrides import TorchFunctionMode
 
-from support.cli import RunError, UsageError
+from support.cli import RunError, UsageError, say
 from support.files import keep_heap
+from support.kernels import updates_here
 
 # ---- processes: one, or several under torchrun ----
+
+
+class Alone:
+    """Where the processes of a run meet before it begins: for one that has no others."""
+
+    def agreed(self, make: Callable):
+        """The settings that `make` returns, when all processes have come this far and have the same. Raises UsageError
+        or RunError."""
+        return make()
+
+    def join(self, alone: Runtime, settings) -> Runtime:
+        """The Runtime of a process among the others."""
+        return alone
+
+    def say(self, name: str, sentence: str) -> None:
+        """A sentence on stderr. Of several processes only one says it."""
+        say(name, sentence)
+
+
+def meet() -> Alone:
+    if int(os.environ.get("WORLD_SIZE", 1)) == 1:
+        return Alone()
+    from support.processes import Meeting
+
+    return Meeting()
 
 
 @dataclass
@@ -39,6 +65,7 @@ class Runtime:
     rank: int = 0
     world_size: int = 1
 
+    parts = 1  # into which weights, gradients and averages are cut
     talk_is_free = True  # a verb costs nothing, since nobody has to be waited for
 
     def first(self, value):
@@ -58,21 +85,54 @@ class Runtime:
 
     @contextlib.contextmanager
     def first_one_first(self):
-        """What is done within is done by the first process, and when it is done or has failed, by the others."""
-        if self.rank > 0:
+        """What is done within is done by the first process of each machine, and when it is done or has failed, by the
+        others."""
+        is_first = int(os.environ.get("LOCAL_RANK", self.rank)) == 0
+        if not is_first:
             self.wait()
         try:
             yield
         finally:
-            if self.rank == 0:
+            if is_first:
                 self.wait()
 
-    def wrap(self, model: nn.Module) -> nn.Module:
-        """The model as the training step calls it."""
-        return model
+    def check_alike(self, values: dict) -> None:
+        """Raises UsageError where the processes haven't the same values, of plain types."""
 
-    def close(self) -> None:
-        """Leaves the other processes."""
+    def wrap(self, model: nn.Module) -> nn.Module:
+        """The model on its device, as the training step calls it. Comes before the optimizer."""
+        return model.to(self.device)
+
+    def clip(self, parameters: Iterator[nn.Parameter], most: float) -> torch.Tensor:
+        """Scales the gradients down to a norm of at most so much. Returns what the norm was."""
+        return nn.utils.clip_grad_norm_(parameters, most)
+
+    def whole(self, model: nn.Module, optimizer: torch.optim.Optimizer) -> dict:
+        """The part of a checkpoint that has weights and averages."""
+        return {"model": model.state_dict(), "optimizer": optimizer.state_dict()}
+
+    def cut(self, state: dict, model: nn.Module, optimizer: torch.optim.Optimizer) -> dict:
+        """A checkpoint, as this process's model and optimizer can load it."""
+        return state
+
+    def host_copies(self) -> HostCopies:
+        return HostCopies(self.device)
+
+    def muon_updates(self, matrices: Sequence, direction: Callable, dtype: torch.dtype) -> Iterator[tuple]:
+        """Muon's updates (kernels.updates_here), each matrix's by one of the processes."""
+        return updates_here(matrices, direction, dtype)
+
+    @contextlib.contextmanager
+    def watched(self, last_words: Callable[[str], None]):
+        """Within, an error that comes of another process's end is a RunError that says so. A process that can't even
+        get an error, since it waits for the other one, ends with these `last_words`, of that sentence."""
+        yield
+
+    def __enter__(self) -> Runtime:
+        return self
+
+    def __exit__(self, kind, e, traceback) -> None:
+        """Leaves the other processes. Raises RunError if one of them is why this one failed."""
 
     def autocast(self):
         """Matrix products in amp_dtype; weights, sums and losses stay fp32."""
@@ -103,43 +163,22 @@ class Runtime:
         }
 
 
-class Processes(Runtime):
-    """One of several processes, each with a copy of the whole model (DistributedDataParallel)."""
-
-    talk_is_free = False
-
-    def first(self, value):
-        values = [value]
-        dist.broadcast_object_list(values, src=0)
-        return values[0]
-
-    def any(self, value: int) -> int:
-        largest = torch.tensor(float(value), device=self.device)
-        dist.all_reduce(largest, dist.ReduceOp.MAX)
-        return int(largest.item())
-
-    def gather(self, value) -> list:
-        if isinstance(value, torch.Tensor):
-            values = [torch.empty_like(value) for _ in range(self.world_size)]
-            dist.all_gather(values, value)
-            return values
-        values = [None] * self.world_size
-        dist.all_gather_object(values, value)
-        return values
-
-    def wait(self) -> None:
-        dist.barrier()
-
-    def wrap(self, model: nn.Module) -> nn.Module:
-        return nn.parallel.DistributedDataParallel(model)
-
-    def close(self) -> None:
-        if dist.is_initialized():
-            dist.destroy_process_group()
+def shared_grad_accum(processes: int, grad_accum: int) -> int:
+    """The grad_accum by which the processes that there are now share what a step was of so many processes before.
+    Raises UsageError where they can't."""
+    there = int(os.environ.get("WORLD_SIZE", 1))
+    batches = processes * grad_accum
+    if batches % there == 0:
+        return batches // there
+    would_do = [str(number) for number in range(1, batches + 1) if batches % number == 0]
+    raise UsageError(
+        f"the run's steps have {batches} micro-batches ({processes} processes, grad_accum {grad_accum}), which {there}"
+        f" processes can't share: start {' or '.join(would_do)}, or give --grad_accum for steps of another size"
+    )
 
 
 def start_runtime(device: str = "auto", amp: str = "auto", deterministic: bool = False) -> Runtime:
-    """Picks device and precision, and joins the other processes where torchrun started several. Raises UsageError."""
+    """Picks device and precision, for a process by itself. Raises UsageError."""
     if deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS reads it when CUDA starts
     if deterministic != torch.are_deterministic_algorithms_enabled():  # asking costs nothing, setting a second
@@ -152,10 +191,7 @@ def start_runtime(device: str = "auto", amp: str = "auto", deterministic: bool =
         torch.set_float32_matmul_precision("high")  # TF32 for what autocast leaves in fp32
     if picked.type == "cpu":
         keep_heap()
-    if int(os.environ.get("WORLD_SIZE", 1)) == 1:
-        return Runtime(picked, amp_dtype, scaler, reason)
-    dist.init_process_group("nccl" if picked.type == "cuda" else "gloo")
-    return Processes(picked, amp_dtype, scaler, reason, dist.get_rank(), dist.get_world_size())
+    return Runtime(picked, amp_dtype, scaler, reason)
 
 
 # ---- device and precision ----
@@ -292,24 +328,53 @@ def memory_of(device: torch.device) -> int | None:
     return min(found, default=None)
 
 
-def memory_needs(runtime: Runtime, parameters: int, saved: int, activations: int) -> dict[str, int]:
-    """What training takes at least, in bytes, by what for: `saved` is of what last.pt holds, `activations` of what is
-    kept for the gradients."""
-    needs = {"weights, gradients and optimizer": saved + 4 * parameters, "activations": activations}
+def saved_bytes(model: nn.Module, optimizer: str) -> int:
+    """Of last.pt: in fp32 the weights, and for each of them two averages of AdamW or one of Muon."""
+    parameters = sum(p.numel() for p in model.parameters())
+    by_muon = sum(p.numel() for p in model.parameter_groups()["matrices"]) if optimizer == "muon" else 0
+    return 12 * parameters - 4 * by_muon
+
+
+def memory_needs(runtime: Runtime, model: nn.Module, settings) -> dict[str, int]:
+    """What training takes at least, in bytes, by what for. An outline of the model will do."""
+    saved = saved_bytes(model, settings.optimizer)
+    fixed = (saved + 4 * sum(p.numel() for p in model.parameters())) // runtime.parts
+    tokens = settings.batch_size * settings.seq_len
+    activations = model.activation_bytes(tokens, runtime.amp_dtype is not None, settings.grad_checkpoint)
+    needs = {"weights, gradients and optimizer": fixed, "activations": activations}
     if runtime.device.type == "cpu":
-        needs["the copy that is written as last.pt"] = saved
+        needs["the copy that is written as last.pt"] = saved // runtime.parts  # of a model in parts, one process has it
     return needs
 
 
-def check_memory(runtime: Runtime, parameters: int, saved: int, activations: int) -> None:
-    """Raises UsageError where training clearly can't fit (see memory_needs)."""
+class NoRandomNumbers(TorchFunctionMode):
+    """While entered, tensors stay as they are where they would be filled with random numbers."""
+
+    def __torch_function__(self, function, types, args=(), kwargs=None):
+        if function.__name__ in ("normal_", "uniform_", "kaiming_uniform_"):
+            return None
+        return function(*args, **(kwargs or {}))
+
+
+@contextlib.contextmanager
+def outline():
+    """While entered, a model gets shapes and no numbers, which takes no memory: to know how large it would be."""
+    with torch.device("meta"), NoRandomNumbers():  # to draw them there, torch would import sympy, a second long
+        yield
+
+
+def check_memory(runtime: Runtime, model: nn.Module, settings) -> None:
+    """Raises UsageError where training clearly can't fit (see memory_needs), or where its checkpoint, which the first
+    process gathers of a model in parts, doesn't fit into that one's memory."""
+    check_host_memory(runtime, saved_bytes(model, settings.optimizer))
     has = memory_of(runtime.device)
-    needs = memory_needs(runtime, parameters, saved, activations)
+    needs = memory_needs(runtime, model, settings)
     processes = int(os.environ.get("LOCAL_WORLD_SIZE", 1)) if runtime.device.type == "cpu" else 1
     needed = processes * sum(needs.values())
     if not has or needed <= has:
         return
-    fixed = needed - processes * activations
+    parameters = sum(p.numel() for p in model.parameters())
+    fixed = needed - processes * needs["activations"]
     remedy = "lower --batch_size or --seq_len, or add --grad_checkpoint"
     if fixed > 0.9 * has:
         most = 0.9 * has / fixed * parameters
@@ -322,6 +387,15 @@ def check_memory(runtime: Runtime, parameters: int, saved: int, activations: int
         f"training {parameters:,} parameters takes at least {needed / 1e9:,.1f} GB ({parts}), and this {machine} has"
         f" {has / 1e9:,.1f} GB: {remedy}"
     )
+
+
+def check_host_memory(runtime: Runtime, saved: int) -> None:
+    there = memory_of(torch.device("cpu"))
+    if runtime.parts > 1 and there and saved > there:
+        raise UsageError(
+            f"the first process gathers last.pt, which takes {saved / 1e9:,.1f} GB (12 bytes a parameter with AdamW),"
+            f" and its machine has {there / 1e9:,.1f} GB: start it on a larger machine, or choose a smaller model"
+        )
 
 
 class HostCopies:
@@ -348,9 +422,13 @@ class HostCopies:
             return {key: self.copy(value) for key, value in content.items()}
         if isinstance(content, list | tuple):
             return type(content)(self.copy(value) for value in content)
-        if not isinstance(content, torch.Tensor):
-            return content
-        if content.numel() < 1 << 18:  # not worth a buffer
+        return self.copy_tensor(content) if isinstance(content, torch.Tensor) else content
+
+    def is_large(self, content: torch.Tensor) -> bool:
+        return content.numel() >= 1 << 18  # worth a buffer
+
+    def copy_tensor(self, content: torch.Tensor) -> torch.Tensor:
+        if not self.is_large(content):
             return content.detach().cpu().clone()
         key = (content.data_ptr(), content.shape, content.dtype)  # tied tensors share a buffer
         if key not in self.buffers:

@@ -9,8 +9,8 @@ from pathlib import Path
 
 import torch
 
-from support.checkpoint import load_checkpoint
-from support.cli import RunError, UsageError
+from support.checkpoint import load_checkpoint, not_finite
+from support.cli import RunError, UsageError, is_out_of_memory
 from support.text import Tokenizer, packaged_folder
 
 GPT2_VOCAB_SIZE = 50257
@@ -138,6 +138,8 @@ def read_tensors(folder: Path) -> dict[str, torch.Tensor]:
     except FileNotFoundError:
         raise RunError(f"{folder} has neither model.safetensors nor pytorch_model.bin") from None
     except Exception as e:  # arbitrary bytes make both readers raise almost anything
+        if is_out_of_memory(e):
+            raise
         raise RunError(f"the weights in {folder} can't be read ({type(e).__name__}): get them anew") from None
 
 
@@ -146,8 +148,12 @@ def load_weights(model: torch.nn.Module, source: Path, tokenizer: Tokenizer) -> 
     other characters than the new text."""
     if tokenizer.name == "char":
         check_characters(source, tokenizer)
+    weights = read_weights(source)
+    name = not_finite(weights)
+    if name:
+        raise RunError(f"the weights in {source} can't be right ({name} isn't finite): get them anew")
     try:
-        model.load_state_dict(read_weights(source))
+        model.load_state_dict(weights)
     except (KeyError, RuntimeError) as e:
         what = str(e).strip().splitlines()[-1].strip()
         raise RunError(f"the weights in {source} don't fit the shape it names ({what:.80}): get them anew") from None

@@ -15,13 +15,13 @@ import torch
 
 from support.cli import duration
 from support.inference import RECALL_ASKED, RECALL_GIVEN, longest_verbatim, recall
-from support.machine import Limit
+from support.machine import Limit, saved_bytes
 from support.presets import MACHINE, PRESETS, RECORDS
 from support.rundir import ENDINGS, RunDirectory, git_commit, now, versions
 from support.text import TEXT_KEPT
 
 
-def opening(trainer, limit: Limit, causality: str, last_pt_bytes: int) -> Iterator[str]:
+def opening(trainer, limit: Limit, causality: str) -> Iterator[str]:
     """The log's first lines: all that decides the run."""
     config = trainer.config
     runtime = trainer.runtime
@@ -54,6 +54,7 @@ def opening(trainer, limit: Limit, causality: str, last_pt_bytes: int) -> Iterat
     saves = f"Saves: every {config.save_every} steps"
     if config.save_minutes:
         saves += f", and {config.save_minutes:g} minutes after the last one"
+    last_pt_bytes = saved_bytes(trainer.model, config.optimizer)
     yield f"{saves}; last.pt has {last_pt_bytes / 1e9:.3g} GB, and its copy takes as much memory while it is written"
     if trainer.progress.step:
         tokens = trainer.batcher.tokens_taken()
@@ -167,7 +168,7 @@ def known_tokens(config, sha256: str) -> int:
         return 0
     recipe = dataclasses.replace(type(config)(), **PRESETS[config.preset])
     shape = ("block_size", "n_layer", "n_head", "n_embd", "tokenizer", "batch_size", "seq_len", "grad_accum")
-    for name in (*shape, "randomize_batches", "steps", "optimizer", "lr", "embed_lr"):
+    for name in (*shape, "randomize_batches", "shift_windows", "steps", "optimizer", "lr", "embed_lr"):
         if getattr(config, name) != getattr(recipe, name):
             return 0
     return record["tokens"]
@@ -260,8 +261,10 @@ class RunRecord:
         return as_json(record)
 
     def write(self, ended: str | None, seconds: float, signum: int = 0) -> dict:
-        """Writes it, and returns what it says. Raises OSError."""
+        """Writes it, if something was done, and returns what it says. Raises OSError."""
         record = self.content(ended, seconds, signum)
+        if ended == "nothing to do":
+            return record
         first = self.run_dir.read_record()
         if self.resumed and first:
             record |= {key: first[key] for key in ("command", "start") if key in first}
@@ -294,6 +297,11 @@ NO_LENGTH = (
     "the run has no length: give --steps N or --epochs N, or begin with one of these (times are of"
     f" {MACHINE}):\n{newcomers_commands()}"
 )
+
+
+def late_warmup(config) -> str:
+    steps = config.steps
+    return f"warmup_steps {config.warmup_steps} is over steps {steps}: use --warmup_steps {steps // 10}"
 
 
 # What brings more to do.

@@ -24,13 +24,14 @@ from pathlib import Path
 from tqdm import tqdm
 
 from support.checkpoint import changes_since, load_checkpoint
-from support.cli import DamagedError, RunError, UsageError, say
-from support.files import atomic_write, lock_file, replace
-from support.machine import machine_problems
+from support.cli import DamagedError, RunError, UsageError, is_out_of_memory, say
+from support.files import atomic_write, lock_file, odd_kind, replace
+from support.machine import machine_problems, shared_grad_accum
 from support.text import input_problems
 
 ROOT = Path(__file__).resolve().parent.parent
 ENDINGS = ("target reached", "steps done", "patience over")  # of a run that has nothing more to do
+TEXTS = 10**6  # bytes that must be free for log, rows and samples
 # Settings that belong to one start and not to the run.
 ONE_START = ("resume", "overwrite", "preset", "out_dir", "init_from")
 
@@ -78,8 +79,12 @@ class RunDirectory:
             with contextlib.suppress(FileNotFoundError, NotADirectoryError):
                 os.lstat(path)  # raises for what can't be a path, such as a name that is too long
             existing = next(p for p in (path, *path.absolute().parents) if os.path.lexists(p))
-            if existing != path and not existing.is_dir():
+            if existing != path and existing.is_file():
                 return f"out_dir {self.root} can't be made, since {existing} is a file: choose another --out_dir"
+            odd = odd_kind(existing)
+            if odd and (existing == path or not existing.is_dir()):
+                remedy = "move it away, or choose another --out_dir"
+                return f"out_dir {self.root} can't be written, since {existing} is {odd}: {remedy}"
             if not os.access(existing, os.W_OK):
                 return f"out_dir {self.root} can't be written: change the permissions of {existing}"
         except (OSError, ValueError) as e:  # ValueError: a NUL in the name
@@ -104,13 +109,18 @@ class RunDirectory:
         return bool(resume) and Path(resume).resolve().parent == self.last.resolve().parent
 
     def check_space(self, needed: int) -> None:
-        """Raises RunError unless the checkpoints of a run, `needed` bytes of them, fit."""
+        """Raises RunError unless the checkpoints of a run, `needed` bytes of them, fit, and beside them its log."""
         mine = sum(path.stat().st_size for path in (self.last, self.previous, self.best) if path.exists())
-        free = shutil.disk_usage(self.root).free + mine
-        if free < needed:
+        free = shutil.disk_usage(self.root).free
+        if free + mine < needed:
             raise RunError(
-                f"out_dir {self.root} has {free / 1e9:.3g} GB free for checkpoints, and two of them with best.pt take"
-                f" {needed / 1e9:.3g} GB: make room, or choose an --out_dir on another disk"
+                f"out_dir {self.root} has {(free + mine) / 1e9:.3g} GB free for checkpoints, and two of them with"
+                f" best.pt take {needed / 1e9:.3g} GB: make room, or choose an --out_dir on another disk"
+            )
+        if free < TEXTS:
+            raise RunError(
+                f"out_dir {self.root} has {free / 1e6:.2f} MB free, and log, rows and samples take at least"
+                f" {TEXTS / 1e6:.0f} MB beside the checkpoints: make room, then try again"
             )
 
     @contextlib.contextmanager
@@ -129,8 +139,8 @@ class RunDirectory:
                         " choose another --out_dir"
                     ) from None
             f.truncate(0)
-            f.write(str(os.getpid()))
-            f.flush()
+            with contextlib.suppress(OSError):  # no room: the lock holds without the number
+                os.write(f.fileno(), str(os.getpid()).encode())
             yield
 
     def prepare(self, overwrite: bool, resumed: Path | None) -> None:
@@ -174,14 +184,16 @@ class RunDirectory:
                 continue
             try:
                 return path, load_checkpoint(path, lazy), str(problem or "")
-            except DamagedError as e:
+            except (DamagedError, UsageError) as e:  # the latter for a folder in its place
                 problem = problem or e
         if problem:
             raise problem
         return None
 
-    def saved_settings(self, resume: str) -> dict:
-        """The settings of the run that `--resume` means, {} where there is none; its folder is what out_dir says."""
+    def saved_settings(self, resume: str, accumulates: bool = False) -> dict:
+        """The settings of the run that `--resume` means, {} where there is none; its folder is what out_dir says.
+        Another number of processes keeps the tokens of a step, unless a flag says how the run `accumulates` them.
+        Raises UsageError where that can't be."""
         found = self.find_checkpoint(resume, lazy=True)
         if not found:
             return {}
@@ -189,12 +201,15 @@ class RunDirectory:
         settings = {name: value for name, value in state["config"].items() if name not in ONE_START}
         folder = path.parent if path.parent.name else path.absolute().parent  # "last.pt" alone has no parents
         settings["out_dir"] = str(folder.parent if folder.absolute().name == "checkpoints" else self.root)
+        if not accumulates:
+            settings["grad_accum"] = shared_grad_accum(state["made_on"]["processes"], state["config"]["grad_accum"])
         return settings
 
     def resume(self, trainer) -> tuple[Path | None, list[str]]:
         """Brings train.py's Trainer to the checkpoint that its `--resume` means. Returns the checkpoint's path, None
         where there is none, and what the log should say. Raises UsageError or RunError for one that won't do."""
         found = self.find_checkpoint(trainer.given.resume)
+        trainer.runtime.check_alike({"the step to go on from": found[1]["step"] if found else 0})
         if not found:
             return None, []
         path, state, problem = found
@@ -203,6 +218,8 @@ class RunDirectory:
             trainer.load_state_dict(state)
             return path, notes + changes_since(state, trainer)
         except (AttributeError, KeyError, TypeError, ValueError, RuntimeError) as e:
+            if is_out_of_memory(e):
+                raise
             raise RunError(f"checkpoint {path} lacks what a run needs ({e!r:.80}): use another one") from e
 
     # ---- run.json ----

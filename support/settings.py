@@ -41,7 +41,7 @@ def base_settings(kind: type, given: dict) -> dict:
     checkpoint's settings. Raises UsageError or RunError for a place that can't be read."""
     base = dict(PRESETS.get(given.get("preset"), {}))
     out_dir = given.get("out_dir") or base.get("out_dir") or kind.out_dir
-    saved = RunDirectory(out_dir).saved_settings(given.get("resume", ""))
+    saved = RunDirectory(out_dir).saved_settings(given.get("resume", ""), "grad_accum" in given)
     if saved:
         fields = cli.fields_of(kind)
         base = {name: value for name, value in saved.items() if name in fields}

@@ -90,8 +90,10 @@ def load_tokenizer(name: str = "gpt2", vocabulary: Sequence[str] = ()) -> Tokeni
 
 
 def saved_tokenizer(state: dict) -> Tokenizer:
-    """From a checkpoint. Raises KeyError or TypeError for what is none, and as load_tokenizer does."""
-    return load_tokenizer(state["name"], state.get("vocabulary", ()))
+    """From a checkpoint. Raises KeyError, TypeError or ValueError for what is none, and as load_tokenizer does."""
+    vocabulary = state.get("vocabulary", ())
+    "".join(vocabulary).encode()  # raises for what isn't of characters
+    return load_tokenizer(state["name"], vocabulary)
 
 
 def char_tokenizer(vocabulary: Sequence[str]) -> Tokenizer:
@@ -231,6 +233,12 @@ class Reading:
     hashes: list[str] = field(default_factory=list)  # SHA-256 of each file's bytes
     notes: list[str] = field(default_factory=list)  # what was changed, for the log
 
+    def sha256(self) -> str:
+        """Of the file; of several, of their hashes."""
+        if len(self.hashes) == 1:
+            return self.hashes[0]
+        return hashlib.sha256("".join(self.hashes).encode()).hexdigest()
+
 
 def read_texts(files: Sequence[Path], reading: Reading) -> Iterator[str | None]:
     """Yields the texts in pieces, and None between two texts; a file that is empty is passed over. What is found on
@@ -366,9 +374,7 @@ def load_corpus(
     opening, characters = survey(files, reading)
     if not characters:
         raise UsageError(f"input_file {name} is empty: give a text of at least a few thousand characters")
-    sha256 = reading.hashes[0]
-    if len(files) > 1:
-        sha256 = hashlib.sha256("".join(reading.hashes).encode()).hexdigest()
+    sha256 = reading.sha256()
 
     def encoded() -> Iterator[np.ndarray]:
         return encode_pieces(cut_between_words(read_texts(files, Reading())), tokenizer, characters)
@@ -379,6 +385,22 @@ def load_corpus(
     if len(files) > 1:
         notes.insert(0, f"{len(files):,} files")
     return Corpus(name, sha256, opening, characters, tokens, tuple(notes))
+
+
+def find_text(given: str | Sequence[str], sha256: str) -> str:
+    """The text of an --input_file of earlier, if it is still there and is the same by its SHA-256; "" if it isn't, or
+    has over TEXT_KEPT characters. Fetches nothing."""
+    reading = Reading()
+    try:
+        if not all(find_input(path).exists() for path in as_paths(given)):
+            return ""
+        files = input_files(given)
+        if sum(path.stat().st_size for path in files) > 4 * TEXT_KEPT:  # bytes, of which a character has up to 4
+            return ""
+        text, characters = survey(files, reading)
+    except (OSError, UsageError, TypeError):  # a checkpoint may name anything
+        return ""
+    return text if characters <= TEXT_KEPT and reading.sha256() == sha256 else ""
 
 
 def survey(files: Sequence[Path], reading: Reading) -> tuple[str, int]:
@@ -482,10 +504,20 @@ def held_out_from(tokens: np.ndarray, fraction: float, tokenizer: Tokenizer) -> 
     return start
 
 
-def draw_prompts(corpus: Corpus, prompt: str, count: int, seed: int) -> list[str]:
+def too_short(tokens: int, batch_size: int, seq_len: int) -> str:
+    """Of a text that doesn't fill one batch: what would fit."""
+    targets = tokens - 1
+    fits = f"--seq_len {min(seq_len, max(1, targets))} --batch_size {max(1, targets // seq_len)}"
+    return (
+        f"the text has {tokens:,} tokens, and one batch of batch_size {batch_size} x seq_len {seq_len} needs"
+        f" {batch_size * seq_len + 1:,}: use a longer text, or {fits}"
+    )
+
+
+def draw_prompts(text: str, prompt: str, count: int, seed: int) -> list[str]:
     """`count` prompts: the given one ("": none), then openings of passages (what follows a blank line) drawn from the
-    corpus by seed."""
-    passages = re.split(rf"\n\s*\n|{re.escape(END_OF_TEXT)}", corpus.text)
+    text by seed."""
+    passages = re.split(rf"\n\s*\n|{re.escape(END_OF_TEXT)}", text)
     passages = [passage.strip("\n") for passage in passages if passage.strip()]
     drawn = random.Random(seed).sample(passages, min(len(passages), count))
     prompts = ["\n".join(passage.split("\n")[:2])[:200] + "\n" for passage in drawn]

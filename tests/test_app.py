@@ -1,8 +1,10 @@
-"""The web page: its server's rules, a real browser, and the folder of a Space."""
+"""The web page: its server's rules, and a real browser."""
 
 from __future__ import annotations
 
 import contextlib
+import html
+import json
 import os
 import re
 import shutil
@@ -12,15 +14,19 @@ import sys
 import time
 import urllib.error
 import urllib.request
+from types import SimpleNamespace
 
 import gradio_client
 import pytest
 import torch
-from conftest import ROOT, TINY
+from conftest import PLAY, ROOT, TINY
 
 import app
 import train
+from support import door, text
+from support.inference import PAGE_BOUNDS
 
+HOW_IT_WORKS = ROOT / "docs" / "how-it-works.md"
 CHROMIUM = ""
 for name in ("chromium", "chromium-browser", "google-chrome"):
     CHROMIUM = CHROMIUM or shutil.which(name) or ""
@@ -40,14 +46,21 @@ def page(checkpoint):
 
 
 VALUES = {"prompt": "TILDA:", "max_new_tokens": 5, "num_samples": 2, "temperature": 0.9, "top_k": 50, "seed": 1}
+READER = SimpleNamespace(session_hash="reads", state=SimpleNamespace(came=0.0, read=["reads"]))
 
 
 def updates(page, **changes) -> list[list]:
-    return list(page.write(*(VALUES | changes).values()))
+    return list(page.write(READER, *(VALUES | changes).values()))
 
 
 def texts_of(update) -> list[str]:
-    return [box["value"] for box in update[: app.BOXES] if box["visible"]]
+    """What the boxes show, without what is marked in it and the note below it."""
+    texts = []
+    for box in update[: app.BOXES]:
+        if box["visible"]:
+            shown = re.sub("</?mark>|<pre>\n|</pre>.*", "", box["value"], flags=re.S)
+            texts.append(html.unescape(shown))
+    return texts
 
 
 def fields_of(update) -> dict[str, dict]:
@@ -93,20 +106,25 @@ def test_of_a_long_prompt_the_end_is_read_and_the_page_says_so(page):
     ("field", "value", "said"),
     [
         ("max_new_tokens", None, "this is empty: enter a number from 1 to 1,000"),
-        ("max_new_tokens", 0, "this is empty: enter a number from 1 to 1,000"),
+        ("max_new_tokens", "", "this is empty: enter a number from 1 to 1,000"),
         ("max_new_tokens", 1001, "1,001 is out of bounds: use 1 to 1,000"),
         ("max_new_tokens", 10**30, "is out of bounds: use 1 to 1,000"),
         ("max_new_tokens", "5", "'5' isn't a whole number: use one from 1 to 1,000"),
         ("num_samples", 5, "5 is out of bounds: use 1 to 4"),
-        ("num_samples", 0, "this is empty: enter a number from 1 to 4"),
+        ("num_samples", 0, "0 is out of bounds: use 1 to 4"),
         ("num_samples", 1.5, "1.5 isn't a whole number: use one from 1 to 4"),
-        ("temperature", None, "this is empty: enter a number from 0.0 to 5.0"),
-        ("temperature", 5.5, "5.5 is out of bounds: use 0.0 to 5.0"),
-        ("temperature", float("nan"), "nan is out of bounds: use 0.0 to 5.0"),
-        ("top_k", -1, "-1 is out of bounds: use 0 to 50,257"),
-        ("seed", {"a": 1}, "isn't a whole number: use one from 0 to 4,294,967,295"),
+        ("temperature", None, "this is empty: enter a number from 0.0 to 100.0"),
+        ("temperature", 100.5, "100.5 is out of bounds: use 0.0 to 100.0"),
+        ("temperature", float("nan"), "nan is out of bounds: use 0.0 to 100.0"),
+        ("top_k", -1, "-1 is out of bounds: use 0 to 1,000,000"),
+        ("seed", {"a": 1}, "isn't a whole number: use one from 0 to 9,007,199,254,740,991"),
         ("seed", True, "isn't a whole number"),
+        ("seed", ["x" * 1000], "x...x"),  # not all of it is told again
         ("prompt", "x" * 20_001, "20,001 characters are too many: at most 20,000"),
+        ("prompt", "a\ud800", "half a character stands in it"),
+        ("prompt", 5, "5 isn't a text: type a prompt"),
+        ("prompt", None, "None isn't a text: type a prompt"),
+        ("prompt", ["a"], "['a'] isn't a text: type a prompt"),
     ],
 )
 def test_wrong_input_is_said_beside_its_field_whatever_the_browser_sends(page, monkeypatch, field, value, said):
@@ -120,7 +138,96 @@ def test_wrong_input_is_said_beside_its_field_whatever_the_browser_sends(page, m
 
 
 def test_the_page_tells_its_own_bound_of_the_length():
-    assert f"at most {app.BOUNDS['max_new_tokens'][1]:,};" in app.INFO["max_new_tokens"]
+    assert f"at most {PAGE_BOUNDS['max_new_tokens'][1]:,};" in app.INFO["max_new_tokens"]
+
+
+@pytest.mark.parametrize("field", ["max_new_tokens", "num_samples", "temperature", "top_k", "seed"])
+def test_who_does_what_an_error_says_is_not_refused_again(page, field):
+    (only,) = updates(page, **{field: 10**30})
+    most = fields_of(only)[field]["info"].split(" to ")[-1].replace(",", "")
+    values = VALUES | {field: float(most) if "." in most else int(most)}
+    assert page.problems(app.read_request(**values)) == {}
+
+
+def test_text_that_looks_like_html_is_shown_as_it_is(page):
+    prompt = "\n<script>alert(1)</script> & <mark>"
+    (*_, last) = updates(page, prompt=prompt)
+    assert texts_of(last)[0].startswith(prompt)
+    assert "<script" not in last[0]["value"]
+
+
+def test_for_who_never_comes_to_read_nothing_is_written(page, monkeypatch):
+    monkeypatch.setattr(door, "PATIENCE", 0.0)
+    monkeypatch.setattr(page.writer, "write", None)
+    away = SimpleNamespace(session_hash="away", state=READER.state)
+    assert list(page.write(away, *VALUES.values())) == []
+    assert list(page.write_text(away, "TILDA:")) == []
+
+
+# ---- what stands in the training text, and what to ask ----
+
+
+def marked(shown: str) -> list[str]:
+    return [html.unescape(piece) for piece in re.findall("<mark>(.*?)</mark>", shown, flags=re.S)]
+
+
+def test_what_stands_word_for_word_in_the_training_text_is_marked(page):
+    known = page.text[500:600]
+    shown = page.show(f"TILDA:\n\u2603{known}\u2603 no", 7)
+    assert marked(shown) == [known]
+    assert "100 of 105 new characters stand in the training text word for word, in pieces of 40 or more" in shown
+
+
+def test_the_prompt_is_not_marked_but_counts_for_what_follows_it(page):
+    """A few characters after a prompt from the text are what the text goes on with."""
+    shown = page.show(page.text[500:580], 570 - 500)
+    assert marked(shown) == [page.text[570:580]]
+    assert "10 of 10 new characters" in shown
+
+
+def test_where_the_text_is_not_there_or_is_another_nothing_is_said_of_it(checkpoint, tmp_path, monkeypatch):
+    monkeypatch.setattr(app, "find_text", lambda given, sha256: text.find_text(given, sha256[::-1]))
+    page = app.Page(checkpoint, "cpu", "off")
+    assert page.text == ""
+    assert "word for word" not in page.show("TILDA:", 0)
+    assert page.examples()[0] == "TILDA:\n"
+    app.build(page)
+
+
+def test_examples_are_the_runs_own_prompt_and_openings_of_its_text(page):
+    first, *others = page.examples()
+    assert first == "TILDA:\n"
+    assert len(others) == 3
+    assert all(other in page.text for other in others)
+
+
+def test_without_the_text_the_prompts_of_the_record_are_examples(checkpoint, tmp_path):
+    folder = tmp_path / "out"
+    shutil.copytree(checkpoint.parent.parent, folder)
+    page = app.Page(folder / "checkpoints" / "best.pt", "cpu", "off")
+    page.text = ""
+    record = json.loads((folder / "run.json").read_text())
+    for samples, found in (
+        ([{"prompt": "KNOWN"}], ["TILDA:\n", "KNOWN"]),
+        ([{"prompt": "TILDA:\n"}], ["TILDA:\n"]),
+        ("odd", ["TILDA:\n"]),
+        ([None], ["TILDA:\n"]),
+    ):
+        (folder / "run.json").write_text(json.dumps(record | {"samples": samples}))
+        assert page.examples() == found
+
+
+def test_examples_are_those_that_the_model_can_read(page, monkeypatch):
+    char = text.load_tokenizer("char", sorted(set("TILDA:\n")))
+    monkeypatch.setattr(page.writer, "tokenizer", char)
+    assert page.examples() == ["TILDA:\n"]
+
+
+def test_to_recite_is_to_take_the_likeliest_tokens_after_the_first_lines(page):
+    prompt, _, num_samples, temperature = page.recital()
+    assert page.text.startswith(prompt)
+    assert prompt.endswith("\n")
+    assert (num_samples, temperature) == (1, 0)
 
 
 # ---- the checkpoint, and the records beside it ----
@@ -130,10 +237,9 @@ def test_with_a_checkpoint_that_is_not_there_the_page_says_what_to_do(tmp_path):
     page = app.Page(tmp_path / "out" / "checkpoints" / "none.pt")
     assert "doesn't exist" in page.status()
     assert "python train.py --preset demo" in page.status()
-    (only,) = updates(page)
-    assert only[-1] == page.status()
     assert "aren't beside the checkpoint" in page.training()[0]
-    app.build(page)
+    shown = [block.value for block in app.build(page).blocks.values() if isinstance(block, app.gr.Markdown)]
+    assert page.status() in shown
 
 
 def test_the_run_is_shown_with_its_curve_and_what_it_learned(page):
@@ -221,7 +327,7 @@ def pale_words(tab) -> list:
 def url(tmp_path_factory):
     """The page with a model that is large enough for a thousand tokens to take seconds."""
     out_dir = tmp_path_factory.mktemp("browser") / "out"
-    shape = {"n_embd": 256, "n_layer": 6, "steps": 45}
+    shape = {"n_embd": 256, "n_layer": 6, "steps": 4}
     train.train(train.TrainConfig(**{**TINY, "out_dir": str(out_dir), "num_prompts": 0, **shape}))
     with served("--checkpoint", str(out_dir / "checkpoints" / "best.pt")) as url:
         yield url
@@ -287,28 +393,29 @@ def test_a_browser_shows_as_many_samples_as_were_asked_for(tab):
     tab.fill("#max_new_tokens input[type=number]", "30")
     tab.locator("#num_samples input[type=range]").press("ArrowRight")
     tab.click("#generate")
-    expect(tab, ".sample textarea:visible").to_have_count(3)
+    expect(tab, ".sample pre:visible").to_have_count(3)
     expect(tab, "#line").to_contain_text("30 of 30 tokens")
     tab.locator("#num_samples input[type=range]").press("ArrowLeft")
     tab.click("#generate")
-    expect(tab, ".sample textarea:visible").to_have_count(2)
+    expect(tab, ".sample pre:visible").to_have_count(2)
     expect(tab, "#line").to_contain_text("30 of 30 tokens")
-    texts = [box.input_value() for box in tab.locator(".sample textarea:visible").all()]
+    texts = [box.inner_text() for box in tab.locator(".sample pre:visible").all()]
     assert len(texts) == 2
     assert all(text.startswith("AMBROSE:\n") and len(text) > 20 for text in texts)
 
 
 @needs_chromium
 def test_a_browser_marks_what_is_wrong_until_it_is_right(tab):
-    tab.fill("#max_new_tokens input[type=number]", "")
-    tab.click("#generate")
-    expect(tab, "#max_new_tokens").to_contain_text("this is empty: enter a number from 1 to 1,000")
-    expect(tab, "#line").to_contain_text("Please put right what is marked.")
     tab.fill("#max_new_tokens input[type=number]", "4")
+    tab.fill("#top_k input", "")
+    tab.click("#generate")
+    expect(tab, "#top_k").to_contain_text("this is empty: enter a number from 0 to 1,000,000")
+    expect(tab, "#line").to_contain_text("Please put right what is marked.")
+    tab.fill("#top_k input", "4")
     tab.fill("#temperature input", "")
     tab.click("#generate")
     expect(tab, "#temperature").to_contain_text("this is empty")
-    expect(tab, "#max_new_tokens").not_to_contain_text("empty")
+    expect(tab, "#top_k").not_to_contain_text("empty")
     tab.fill("#temperature input", "0.5")
     tab.click("#generate")
     expect(tab, "#line").to_contain_text("4 of 4 tokens")
@@ -333,11 +440,42 @@ def test_a_second_user_waits_until_the_first_one_stops(tab, browser, url):
 
 @needs_chromium
 def test_a_click_takes_an_example_and_the_other_tab_shows_the_run(tab):
-    tab.get_by_text("KING HENRY").click()
-    tab.wait_for_function("document.querySelector('#prompt textarea').value == 'KING HENRY'")
+    opening = text.draw_prompts(PLAY.read_text(encoding="utf-8"), "BIANCA:\n", 4, seed=0)[1]
+    tab.get_by_text(opening.replace("\n", " ").strip()).click()
+    expect(tab, "#prompt textarea").to_have_value(opening)
     tab.get_by_role("tab", name="Training").click()
     expect(tab, "#summary").to_contain_text("steps done")
     expect(tab, "#curve svg").to_be_visible()
+
+
+@needs_chromium
+def test_a_click_asks_for_what_the_model_knows_by_heart(tab):
+    tab.get_by_text("How the training text begins").click()
+    expect(tab, "#temperature input").to_have_value("0")
+    tab.fill("#max_new_tokens input[type=number]", "8")
+    tab.click("#generate")
+    expect(tab, "#line").to_contain_text("8 of 8 tokens")
+    expect(tab, "#sample_1").to_contain_text("new characters stand in the training text word for word")
+    assert PLAY.read_text(encoding="utf-8").startswith(tab.input_value("#prompt textarea"))
+
+
+@needs_chromium
+def test_the_numbers_begin_at_what_is_allowed(tab):
+    for name in ("max_new_tokens", "num_samples"):
+        least, most = PAGE_BOUNDS[name]
+        expect(tab, f"#{name} input[type=range]").to_have_attribute("min", str(least))
+        expect(tab, f"#{name} input[type=range]").to_have_attribute("max", str(most))
+
+
+@needs_chromium
+def test_text_that_looks_like_html_does_nothing_in_a_browser(tab):
+    prompt = "<script>document.title = 'bad'</script> ${1 + 1} {{value}} <img src=x onerror=\"document.title = 'bad'\">"
+    tab.fill("#prompt textarea", prompt)
+    tab.fill("#max_new_tokens input[type=number]", "3")
+    tab.click("#generate")
+    expect(tab, "#line").to_contain_text("3 of 3 tokens")
+    assert tab.inner_text("#sample_1 pre").startswith(prompt)
+    assert tab.title() == "GPT-2 from scratch"
 
 
 @needs_chromium
@@ -352,70 +490,95 @@ def test_all_words_can_be_read_also_on_a_phone_and_in_the_dark(tab, browser, url
     phone.close()
 
 
-def test_a_program_that_uses_the_pages_own_door_is_told_the_same_each_time(url):
-    client = gradio_client.Client(url, verbose=False)
-    for _ in range(2):
-        assert "Please put right" in client.predict("A", 5000, 2, 0.9, 50, 1, api_name="/write")[-1]
+# ---- programs that ask ----
 
 
-def test_there_is_no_door_past_the_queue(url):
-    door = f"{url}/gradio_api/run/write"
-    request = urllib.request.Request(door, b'{"data": []}', {"Content-Type": "application/json"})
-    with pytest.raises(urllib.error.HTTPError, match="404"):
-        urllib.request.urlopen(request)
-
-
-# ---- a Space ----
+def post(url: str, body: bytes, **headers) -> bytes:
+    request = urllib.request.Request(url, body, {"Content-Type": "application/json"} | headers)
+    return urllib.request.urlopen(request, timeout=30).read()
 
 
 @pytest.fixture(scope="module")
-def space(checkpoint, tmp_path_factory):
-    folder = tmp_path_factory.mktemp("space") / "space"
-    assert app.main(["--checkpoint", str(checkpoint), "--make_space", str(folder)]) == 0
-    return folder
+def client(url):
+    return gradio_client.Client(url, verbose=False)
 
 
-def test_a_space_says_what_it_is_and_needs(space):
-    front = (space / "README.md").read_text(encoding="utf-8").split("---\n")[1]
-    settings = dict(re.findall(r"^(\w+): (.*)$", front, re.M))
-    assert settings["sdk"] == "gradio"
-    assert settings["sdk_version"] == app.gr.__version__
-    assert (space / settings["app_file"]).is_file()
-    needed = (space / "requirements.txt").read_text(encoding="utf-8")
-    assert "torch" in needed
-    assert "export_hf" not in needed
+def test_the_call_that_the_docs_show_gives_plain_text(url):
+    (call,) = re.findall("```python\n(from gradio_client .*?)```", HOW_IT_WORKS.read_text(), flags=re.S)
+    assert "http://127.0.0.1:7860" in call
+    found = {}
+    exec(call.replace("http://127.0.0.1:7860", url), found)
+    assert found["text"].startswith("TILDA:")
+    assert len(found["text"]) > 15
 
 
-def test_the_page_starts_from_a_space_alone(space):
-    """In an interpreter of its own that sees this folder and the installed packages, and nothing else of ours."""
-    code = (
-        "import app, pathlib; p = app.Page(app.chosen_checkpoint('app.py', None)); app.build(p)\n"
-        "print(p.status(), p.training()[0], 'svg' in p.training()[1])\n"
-        "import train; print(pathlib.Path(train.__file__).parent)"
-    )
-    done = subprocess.run([sys.executable, "-c", code], cwd=space, capture_output=True, text=True)
-    assert "step 4" in done.stdout, done.stderr
-    assert "steps done" in done.stdout
-    assert "True" in done.stdout
-    assert done.stdout.splitlines()[-1] == str(space.resolve())
+def test_a_program_gets_the_same_text_for_the_same_seed_and_sees_it_grow(client):
+    asked = {"prompt": "TILDA:", "max_new_tokens": 60, "seed": 5, "api_name": "/write"}
+    job = client.submit(**asked)
+    whole = job.result()
+    parts = job.outputs()
+    assert len(parts) > 1
+    assert all(whole.startswith(part) for part in parts)
+    assert client.predict(**asked) == whole
 
 
-def test_a_space_is_written_into_an_empty_folder_alone(space, checkpoint, capsys):
-    assert app.main(["--checkpoint", str(checkpoint), "--make_space", str(space)]) == 2
-    assert "isn't empty" in capsys.readouterr().err
+@pytest.mark.parametrize(
+    ("asked", "said"),
+    [
+        (
+            {"max_new_tokens": 5000, "seed": -1},
+            "max_new_tokens: 5,000 is out of bounds: use 1 to 1,000\nseed: -1 is out",
+        ),
+        ({"temperature": "hot"}, "temperature: 'hot' isn't a number"),
+        ({"prompt": ["A"]}, r"prompt: \['A'\] isn't a text"),
+        ({"prompt": None}, "prompt: None isn't a text"),
+    ],
+)
+def test_a_program_is_told_what_to_put_right(client, asked, said):
+    with pytest.raises(gradio_client.exceptions.AppError, match=said):
+        client.predict(**{"prompt": "A"} | asked, api_name="/write")
 
 
-def test_a_space_that_cannot_be_written_leaves_nothing(checkpoint, tmp_path, monkeypatch, capsys):
-    def full(*_):
-        raise OSError(28, "No space left on device", "best.pt")
+def test_half_a_character_is_refused(url):
+    event = json.loads(post(f"{url}/gradio_api/call/write", b'{"data": ["a\\ud800", 5, 1, 0, 1]}'))["event_id"]
+    answer = urllib.request.urlopen(f"{url}/gradio_api/call/write/{event}", timeout=30).read()
+    assert b"half a character" in answer
 
-    folder = tmp_path / "space"
-    assert app.main(["--checkpoint", "nowhere.pt", "--make_space", str(folder)]) == 2
-    monkeypatch.setattr(app, "copy_run", full)
-    capsys.readouterr()
-    assert app.main(["--checkpoint", str(checkpoint), "--make_space", str(folder)]) == 1
-    assert capsys.readouterr().err == "app.py: No space left on device (best.pt)\n"
-    assert not list(tmp_path.iterdir())
+
+def test_nothing_but_to_write_is_offered_to_programs(client):
+    offered = client.view_api(return_format="dict", print_info=False)
+    assert list(offered["named_endpoints"]) == ["/write"]
+    assert offered["unnamed_endpoints"] == {}
+
+
+def test_clients_that_never_read_fill_no_queue(url, client):
+    """Each would cost a thousand tokens otherwise."""
+    asked = json.dumps({"data": ["TILDA:", 1000, 0.9, 50, 1]}).encode()
+    events = [json.loads(post(f"{url}/gradio_api/call/write", asked))["event_id"] for _ in range(app.QUEUE)]
+    start = time.monotonic()
+    assert client.predict(prompt="TILDA:", max_new_tokens=3, api_name="/write").startswith("TILDA:")
+    assert time.monotonic() - start < door.PATIENCE + 15
+    late = urllib.request.urlopen(f"{url}/gradio_api/call/write/{events[-1]}", timeout=30).read()
+    assert b"TILDA" not in late
+
+
+def test_there_is_no_door_past_the_queue(url):
+    with pytest.raises(urllib.error.HTTPError, match="404"):
+        post(f"{url}/gradio_api/run/write", b'{"data": []}')
+
+
+@pytest.mark.parametrize(
+    ("path", "body", "headers", "code"),
+    [
+        ("queue/join", b"{}", {"Host": "evil.com"}, 400),
+        ("queue/join", b" " * (2 << 20), {}, 413),
+        ("upload", b"", {"Content-Type": "multipart/form-data; boundary=a"}, 403),
+        ("call/write", b'{"data": [{"path": "http://127.0.0.1:9/", "meta": {"_type": "gradio.FileData"}}]}', {}, 403),
+    ],
+)
+def test_what_the_page_has_no_use_for_does_not_come_in(url, path, body, headers, code):
+    with pytest.raises(urllib.error.HTTPError, match=str(code)):
+        post(f"{url}/gradio_api/{path}", body, **headers)
 
 
 # ---- the command line ----
@@ -455,7 +618,7 @@ def test_where_there_is_no_run_one_sentence_says_what_to_type(capsys, monkeypatc
 
 
 def test_a_character_that_the_model_does_not_know_is_marked_at_the_prompt(tmp_path):
-    settings = {**TINY, "out_dir": str(tmp_path / "out"), "num_prompts": 0, "tokenizer": "char"}
+    settings = {**TINY, "out_dir": str(tmp_path / "out"), "num_prompts": 1, "tokenizer": "char", "prompt": "TILDA:"}
     train.train(train.TrainConfig(**settings))
     page = app.Page(tmp_path / "out" / "checkpoints" / "last.pt", "cpu", "off")
     (update,) = updates(page, prompt="€")
@@ -464,15 +627,3 @@ def test_a_character_that_the_model_does_not_know_is_marked_at_the_prompt(tmp_pa
     assert prompt["elem_classes"] == ["wrong"]
     assert texts_of(updates(page, prompt="AMBROSE:")[-1])[0].startswith("AMBROSE:")
     app.build(page)
-
-
-def test_examples_are_those_that_the_model_can_read(page):
-    assert page.examples()[0] == "TILDA:\n"
-    assert set(app.EXAMPLES) <= set(page.examples())
-    known = page.writer.tokenizer
-    vocabulary = tuple("BIANC:\n")
-    page.writer.tokenizer = type(known)("char", 7, list, bytes, vocabulary=vocabulary)
-    try:
-        assert page.examples() == ["TILDA:\n", "BIANCA:\n"]
-    finally:
-        page.writer.tokenizer = known

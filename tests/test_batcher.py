@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import numpy as np
 import pytest
 import torch
@@ -31,14 +33,15 @@ def test_tiny_shakespeare_at_4_x_256_has_331_batches():
 
 
 @settings(max_examples=200, deadline=None)
-@given(st.integers(1, 5), st.integers(1, 9), st.integers(0, 100), st.booleans())
-def test_every_token_is_a_target_in_every_pass(batch_size, seq_len, extra, shuffle):
+@given(st.integers(1, 5), st.integers(1, 9), st.integers(0, 100), st.booleans(), st.booleans())
+def test_every_token_is_a_target_in_every_pass(batch_size, seq_len, extra, shuffle, shift):
     n_tokens = batch_size * seq_len + 1 + extra
-    batcher = batcher_of(n_tokens, batch_size, seq_len, shuffle=shuffle, seed=extra)
+    batcher = batcher_of(n_tokens, batch_size, seq_len, shuffle=shuffle, shift=shift, seed=extra)
     for _ in range(2):
         targets = torch.cat([targets.flatten() for _, targets in one_pass(batcher)])
         assert set(targets.tolist()) == set(range(1, n_tokens))
-    unique = sum(batcher.batch_tokens - batcher.repeated(i) for i in range(batcher.n_batches))
+    unshifted = math.ceil(batcher.n_targets / batcher.batch_tokens)
+    unique = sum(batcher.batch_tokens - batcher.repeated(i) for i in range(unshifted))
     assert unique == n_tokens - 1
 
 
@@ -73,6 +76,20 @@ def test_shuffling_is_a_function_of_seed_and_position():
     assert first_pass != second_pass
     assert first_pass != list(range(100))
     assert order != order_of(200, seed=6)
+
+
+def test_shifted_windows_begin_elsewhere_in_each_pass_but_meet_inside_it():
+    batcher = batcher_of(1000, 2, 10, shift=True, seed=3)
+    assert batcher.n_batches == 51
+    shifts = set()
+    for _ in range(20):
+        starts = [int(idx[0, 0]) for idx, _ in one_pass(batcher)]
+        assert starts[0] == 0
+        assert starts[-1] == 1000 - 1 - 20
+        assert starts[1:-2] == list(range(starts[1], 961, 20))
+        shifts.add(20 - starts[1])
+    assert shifts <= set(range(10))
+    assert len(shifts) > 5
 
 
 def test_processes_share_the_batches():

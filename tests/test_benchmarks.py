@@ -13,7 +13,7 @@ import train
 from support.inference import Request, Writer
 from support.kernels import attention_by_products
 
-BENCHMARKS = ("checkpoints", "gpu_check", "growth", "large_text", "overhead", "sampling", "throughput")
+BENCHMARKS = ("checkpoints", "gpu_check", "growth", "large_text", "overhead", "sampling", "scaling", "throughput")
 EXPERIMENTS = ("embeddings", "recipe")
 
 with pytest.MonkeyPatch.context() as patch:  # where the scripts find each other
@@ -30,6 +30,7 @@ large_text = scripts["large_text"]
 overhead = scripts["overhead"]
 recipe = scripts["recipe"]
 sampling = scripts["sampling"]
+scaling = scripts["scaling"]
 throughput = scripts["throughput"]
 
 
@@ -312,3 +313,35 @@ def test_a_line_has_the_loss_after_each_pass_and_the_tokens_to_the_target():
 def test_a_run_that_fails_gives_its_reason(tmp_path):
     with pytest.raises(ValueError, match="doesn't exist"):
         recipe.run(["--input_file", str(tmp_path / "none.txt")], tmp_path / "out", threads=1)
+
+
+# ---- scaling.py ----
+
+
+def test_more_gpus_are_never_worth_more_than_their_number():
+    for one in scaling.TRAININGS:
+        for way in ("ddp", "fsdp", "hsdp"):
+            shares = [scaling.efficiency(one, way, gpus) for gpus in (1, 8, 64, 512)]
+            assert shares == sorted(shares, reverse=True)
+            assert shares[0] == 1
+
+
+def test_what_travels_is_eight_bytes_a_parameter_or_twelve():
+    """On two GPUs of a machine, half of it is each one's own."""
+    one = scaling.XL
+    hops = 3 * 49 * one.cluster.hop
+    assert scaling.traffic_seconds(one, "ddp", 2) == pytest.approx(4 * one.parameters / 370e9, rel=0.05)
+    assert scaling.traffic_seconds(one, "fsdp", 2) - hops == pytest.approx(6 * one.parameters / 370e9)
+    assert scaling.traffic_seconds(one, "hsdp", 2) == scaling.traffic_seconds(one, "fsdp", 2)
+
+
+def test_predictions_are_near_what_others_measured():
+    for _, what, predicted, measured in scaling.checks():
+        assert float(predicted) == pytest.approx(float(measured), rel=0.1 if "seconds" in what else 0.015)
+
+
+def test_a_step_of_sixteen_windows_has_no_work_for_more_gpus(capsys):
+    scaling.main([])
+    recipe = capsys.readouterr().out.split("--preset shakespeare")[1]
+    assert "| 16 | 1 |" in recipe
+    assert "| 32 | a step has only 16 |" in recipe

@@ -14,7 +14,15 @@ import time
 
 import pytest
 import torch
-from checkpoint_kit import SETTINGS, no_space, step_in, steps_of, stop_at
+from checkpoint_kit import (  # noqa: F401  (fixtures)
+    SETTINGS,
+    finished_fixture,
+    no_space,
+    out_fixture,
+    step_in,
+    steps_of,
+    stop_at,
+)
 from conftest import log_of, rows_of, same_weights, tiny_flags, without_times
 
 import train
@@ -32,7 +40,7 @@ def writer(tmp_path):
     run_dir = RunDirectory(tmp_path)
     run_dir.prepare(overwrite=False, resumed=None)
     before = [PatientFile(run_dir.metrics, pytest.fail)]
-    writer = train.CheckpointWriter(run_dir, before, logging.Logger("test"), torch.device("cpu"), best=9.0)
+    writer = train.CheckpointWriter(run_dir, before, logging.Logger("test"), HostCopies(torch.device("cpu")), best=9.0)
     yield writer
     writer.close()
 
@@ -111,6 +119,20 @@ def test_one_thread_writes_all_checkpoints_from_the_start_of_the_run_to_its_end(
     assert wrote == [thread] * 6  # last.pt and best.pt, three times
     thread.join(60)
     assert not thread.is_alive()
+
+
+def test_where_no_thread_can_be_started_one_sentence_says_so_before_the_first_step(tmp_path, monkeypatch, capsys):
+    real = threading.Thread.start
+
+    def start(thread):
+        if thread.name == "checkpoint writer":
+            raise RuntimeError("can't start new thread")
+        real(thread)
+
+    monkeypatch.setattr(threading.Thread, "start", start)
+    assert train.main(tiny_flags(tmp_path / "out", tokenizer="char")) == 1
+    assert "no more threads can be started here" in capsys.readouterr().err
+    assert not (tmp_path / "out" / "logs" / "train_metrics.csv").exists()
 
 
 def test_a_snapshot_is_of_its_moment(writer, monkeypatch):
@@ -403,6 +425,18 @@ def test_on_a_disk_that_is_really_full(tmp_path, monkeypatch):
         assert "No space left on device): the one before it is intact" in log_of(disk / "out")
         assert step_in(disk / "out" / "checkpoints" / "last.pt") == 30
         assert steps_of(disk / "out") == list(range(1, 31))
+
+
+@pytest.mark.skipif(not shutil.which("mount") or not hasattr(os, "geteuid") or os.geteuid(), reason="needs root")
+def test_to_resume_on_a_full_disk_says_how_much_is_needed_and_where(out, tmp_path, capsys):
+    disk = tmp_path / "disk"
+    with small_disk(disk, "2m"):
+        shutil.copytree(out, disk / "out")
+        (disk / "ballast").write_bytes(bytes(shutil.disk_usage(disk).free))
+        assert train.main(["--resume", str(disk / "out" / "checkpoints" / "last.pt"), "--steps", "40"]) == 1
+        assert steps_of(disk / "out") == list(range(1, 31))
+    sentence = f"out_dir {disk / 'out'} has 0.00 MB free, and log, rows and samples take at least 1 MB"
+    assert capsys.readouterr().err == f"train.py: {sentence} beside the checkpoints: make room, then try again\n"
 
 
 def test_too_little_space_is_said_before_training(tiny, make_trainer, tmp_path, monkeypatch):

@@ -19,7 +19,7 @@ from hypothesis import strategies as st
 
 import sample
 import train
-from support import inference
+from support import cli, inference
 from support.checkpoint import load_checkpoint
 from support.cli import RunError, UsageError
 from support.presets import PRESETS
@@ -105,7 +105,7 @@ NUMBERS = st.one_of(st.integers(-5, 5), st.floats(), st.none(), st.text(max_size
 
 
 @settings(max_examples=100, deadline=None)
-@given(st.lists(st.tuples(st.sampled_from(sorted(train.FIELDS)), NUMBERS), max_size=5))
+@given(st.lists(st.tuples(st.sampled_from(sorted(cli.fields_of(train.TrainConfig))), NUMBERS), max_size=5))
 def test_no_flags_ever_end_in_a_traceback(pairs):
     words = []
     for name, value in pairs:
@@ -128,7 +128,7 @@ def test_help_is_grouped_and_fits_80_columns(flag, monkeypatch, capsys):
         train.main([flag])
     text = capsys.readouterr().out
     assert caught.value.code == 0
-    assert all(f"--{name}" in text for name in train.FIELDS)
+    assert all(f"--{name}" in text for name in cli.fields_of(train.TrainConfig))
     assert all(f"\n{group}:\n" in text for group in ("Run", "Data", "Model", "Training", "Output", "Machine"))
     flags = text[text.index("\nRun:\n") : text.index("examples:")]
     assert max(map(len, flags.splitlines())) <= 80

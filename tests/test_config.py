@@ -6,6 +6,7 @@ import pytest
 from conftest import PLAY, ROOT
 
 import train
+from support import cli
 from support.cli import UsageError
 from support.presets import PRESETS
 
@@ -30,6 +31,7 @@ CONTRACT = {
     "beta2": 0.95,
     "clip_grad": 1.0,
     "randomize_batches": False,
+    "shift_windows": False,
     "target_loss": 0.1,
     "log_every": 10,
     "save_every": None,
@@ -57,7 +59,7 @@ def test_flags_keep_their_names_and_defaults(name):
 
 
 def test_every_setting_explains_itself():
-    assert all(one.metadata["help"] for one in train.FIELDS.values())
+    assert all(one.metadata["help"] for one in cli.fields_of(train.TrainConfig).values())
 
 
 # ---- problems ----

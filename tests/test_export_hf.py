@@ -280,7 +280,7 @@ def test_a_kill_leaves_no_torn_folder_and_the_next_try_clears_up(best, tmp_path)
     folder = tmp_path / "hf"
     command = [sys.executable, "-c", KILLED, "--checkpoint", str(best), "--out_dir", str(folder)]
     assert subprocess.run(command, cwd=ROOT, capture_output=True).returncode == -9
-    assert [path.name for path in tmp_path.iterdir()] == [".hf.part"]
+    assert [path.suffix for path in tmp_path.iterdir()] == [".part"]
     assert export(best, folder) == 0
     assert [path.name for path in tmp_path.iterdir()] == ["hf"]
 

@@ -64,7 +64,7 @@ def test_killed_at_the_moment_of_a_rename(call, name, before, tmp_path, finished
 
 
 def test_what_a_killed_run_left_half_written_is_removed(out):
-    for name in ("checkpoints/last.pt.0.part", "checkpoints/previous.pt.part", "run.json.0.part"):
+    for name in ("checkpoints/last.pt.x.5.part", "checkpoints/previous.pt.part", "run.json.x.5.part"):
         (out / name).write_bytes(b"half")
     assert train.main(["--resume", str(out / "checkpoints" / "last.pt"), "--steps", "31"]) == 0
     assert not list(out.rglob("*.part"))

@@ -1,4 +1,4 @@
-"""mla_moe.py's model is DeepSeek-V3's: its size, logits and gradients, what a token sees, how experts share the work."""
+"""mla_moe.py's model is DeepSeek-V3's: its size, logits, gradients, what a token sees, how experts share the work."""
 
 from __future__ import annotations
 
@@ -338,7 +338,7 @@ def test_on_random_tokens_a_missing_mask_is_noticed(monkeypatch):
 
 def loads_of(model, runtime, idx) -> torch.Tensor:
     model(idx[:, :-1], idx[:, 1:], keep_logits=False)[1].backward()
-    return torch.stack(model.loads).sum(dim=0)
+    return model.load.clone()
 
 
 def test_each_token_goes_to_two_experts_of_each_layer(runtime):
@@ -347,7 +347,7 @@ def test_each_token_goes_to_two_experts_of_each_layer(runtime):
         load = loads_of(model, runtime, random_ids(rows, 33))
         assert load.sum(dim=1).tolist() == [rows * 32 * 2] * 2
         model.before_update(runtime)
-    assert model.loads == []
+    assert not model.load.any()
 
 
 @torch.no_grad()
@@ -384,7 +384,7 @@ def test_the_loads_become_even(runtime):
     for _ in range(200):
         with torch.no_grad():
             model.hidden(idx)
-        load = model.loads[0].float()
+        load = model.load.float()
         excess.append((load.max() / load.mean() - 1).item())
         model.before_update(runtime)
     assert excess[0] > 1
@@ -409,7 +409,7 @@ def test_loads_of_all_processes_count_together(runtime, monkeypatch):
     both = small_model().train()
     here = loads_of(alone, runtime, random_ids(1, 33))
     there = loads_of(both, runtime, random_ids(3, 33, seed=9))
-    both.loads = [here]
+    both.load.copy_(here)
     monkeypatch.setattr(type(runtime), "gather", lambda _, load: [load, there])
     figures = both.before_update(runtime)
     assert figures["busiest"].item() == pytest.approx(((here + there) / (here + there)[0].sum()).max().item())

@@ -6,9 +6,11 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 import train
+from support import cli
 from support.cli import RunError, UsageError
 
-WORDS = [f"--{name}" for name in train.FIELDS] + ["--no-compile", "-h2", "--", "-", "=", "--lr=", "--steps=-0"]
+FLAGS = [f"--{name}" for name in cli.fields_of(train.TrainConfig)]
+WORDS = [*FLAGS, "--no-compile", "-h2", "--", "-", "=", "--lr=", "--steps=-0"]
 NUMBERS = ["0", "-1", "1e400", "nan", "inf", "9" * 400, "0x10"]
 TEXTS = ["", " ", "auto", "demo", "\0", "\ud800", "é", "{}", "../..", "*"]
 ANYTHING = st.sampled_from(WORDS) | st.sampled_from(NUMBERS) | st.sampled_from(TEXTS) | st.text(max_size=5)

@@ -60,7 +60,12 @@ def assert_same(a, b) -> None:
 
 
 @pytest.mark.parametrize(
-    "options", [{}, {"optimizer": "muon"}, {"grad_accum": 2, "dropout": 0.3, "randomize_batches": True}]
+    "options",
+    [
+        {},
+        {"optimizer": "muon", "shift_windows": True},
+        {"grad_accum": 2, "dropout": 0.3, "randomize_batches": True},
+    ],
 )
 def test_a_resumed_run_equals_one_that_never_stopped(quick, tmp_path, monkeypatch, options):
     """Interrupted twice in the middle of a pass, at a save and between two: the same rows, samples and checkpoints."""

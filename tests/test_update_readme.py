@@ -83,6 +83,61 @@ def test_mode_and_link_are_kept(run_dir, tmp_path):
     assert "Best loss" in target.read_text()
 
 
+@pytest.mark.skipif(os.name != "posix", reason="links of POSIX")
+def test_behind_a_link_pictures_lie_beside_the_text(run_dir, tmp_path):
+    readme = write_readme(tmp_path, "SUMMARY", "CURVE")
+    (tmp_path / "docs").mkdir()
+    target = readme.rename(tmp_path / "docs" / "real.md")
+    readme.symlink_to(os.path.join("docs", "real.md"))
+    assert update() == 0
+    assert (tmp_path / "docs" / "assets" / "curve.svg").is_file()
+    assert not (tmp_path / "assets").exists()
+    assert "](assets/curve.svg)" in target.read_text()
+    assert "Run directory: `../out/own`" in target.read_text()
+    for path in (readme, target):
+        assert update("--check", "--readme", path) == 0
+
+
+@pytest.mark.skipif(os.name != "posix", reason="modes and links of POSIX")
+@pytest.mark.parametrize("name", ["README.md", "assets/curve.svg"])
+def test_a_file_that_is_write_protected_or_has_other_names_is_left_alone(run_dir, tmp_path, capsys, name):
+    write_readme(tmp_path, "SUMMARY", "CURVE")
+    assert update() == 0
+    path = tmp_path / name
+    write_readme(tmp_path, "SUMMARY", "CURVE")  # to be filled again
+    (tmp_path / "assets" / "curve.svg").write_bytes(b"old")
+    before = {file: file.read_bytes() for file in tmp_path.rglob("*.*") if file.is_file()}
+    path.chmod(0o444)
+    assert update() == 1
+    assert capsys.readouterr().err == f"{name} is write-protected: chmod u+w {name} permits it\n"
+    path.chmod(0o644)
+    os.link(path, tmp_path / "other")
+    assert update() == 1
+    assert f"{name} has other names (hard links), which would keep the old text" in capsys.readouterr().err
+    assert {file: file.read_bytes() for file in tmp_path.rglob("*.*") if file.is_file()} == before
+    (tmp_path / "other").unlink()
+    assert update() == 0
+
+
+@pytest.mark.skipif(os.name != "posix", reason="kill -9 is of POSIX")
+def test_what_killed_processes_left_is_removed_and_what_others_write_stays(run_dir, tmp_path):
+    write_readme(tmp_path, "SUMMARY", "CURVE")
+    killed = "import os, update_readme as u; os.replace = lambda *_: os.kill(os.getpid(), 9); u.main()"
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    shutil.copytree(run_dir, tmp_path / "out", dirs_exist_ok=True)
+    assert subprocess.run([sys.executable, "-c", killed], env=environment).returncode == -9
+    (left,) = tmp_path.glob(".README.md.*.part")
+    assert len(list(tmp_path.rglob(".*.part"))) == 2
+    running = tmp_path / f".README.md.{os.getppid()}.7.part"
+    mine = tmp_path / ".README.md.mine.part"
+    for path in (running, mine):
+        path.touch()
+    assert update("--check") == 5
+    assert left.exists()  # nothing is changed
+    assert update() == 0
+    assert set(tmp_path.rglob(".*.part")) == {running, mine}
+
+
 @pytest.mark.parametrize("call", ["fsync", "replace"])
 def test_a_failed_write_leaves_the_old_files_and_no_other(call, run_dir, tmp_path, monkeypatch, capsys):
     readme = write_readme(tmp_path, "SUMMARY", "CURVE")

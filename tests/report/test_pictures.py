@@ -37,12 +37,27 @@ def test_the_curve_is_the_same_to_the_byte_and_states_the_result(run_dir, tmp_pa
         (tmp_path / "assets" / "curve.svg").unlink()
     assert drawn[0] == drawn[1]
     root = ElementTree.fromstring(drawn[0])
-    said = "avg_loss of out/own fell from 9.881 to 0.07059 at step 59, under the target of 0.1"
+    said = "avg_loss of out/own fell from 4.371 to 0.07059 at step 59, under the target of 0.1"
     assert root.find("{*}title").text.startswith(said)
     words = {"".join(e.itertext()).strip() for e in root.iter("{http://www.w3.org/2000/svg}text")}
     assert {"loss (one step)", "avg_loss (a full pass)", "best: 0.07059 at step 59", "target 0.1", "lr"} <= words
     (image,) = (c for t in MarkdownIt().parse(readme.read_text()) for c in t.children or [] if c.type == "image")
     assert image.attrs["src"] == "assets/curve.svg" and image.content.startswith(said)
+
+
+def test_avg_loss_is_drawn_from_the_first_full_pass_on(run_dir, tmp_path):
+    write_readme(tmp_path, "CURVE")
+    write_csv(run_dir, "step,epoch,loss,avg_loss\n1,0.3,5,5\n2,0.6,4,4.5\n")
+    assert update() == 0
+    words, _ = svg_of(tmp_path)
+    assert "loss" in words and "avg_loss (a full pass)" not in words
+    write_csv(run_dir, "step,epoch,loss,avg_loss\n1,0.5,5,5\n2,1.0,4,4.5\n3,1.5,3,3.5\n")
+    assert update() == 0
+    words, _ = svg_of(tmp_path)
+    assert "avg_loss (a full pass)" in words
+    run, _ = read_run(run_dir, "out/own")
+    assert pictures.series(run, "avg_loss") == ([2, 3], [4.5, 3.5])
+    assert pictures.describe(run).startswith("avg_loss of out/own fell from 4.5 to 3.5 at step 3")
 
 
 def test_every_colour_of_the_curve_has_a_dark_one(run_dir):

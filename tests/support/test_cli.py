@@ -151,6 +151,9 @@ def test_settings_that_are_unsound_by_themselves_are_not_compared():
 # ---- one wrapper for main() ----
 
 
+NO_THREADS = "no more threads can be started here: stop other programs, or raise the limit (ulimit -u)"
+
+
 def raising(error: BaseException):
     def body() -> int:
         raise error
@@ -167,7 +170,9 @@ def raising(error: BaseException):
         (MemoryError(), 1, "bake: the memory is full: use less\n"),
         (RuntimeError("DefaultCPUAllocator: can't allocate memory"), 1, "bake: the memory is full: use less\n"),
         (torch.OutOfMemoryError("CUDA out of memory."), 1, "bake: the memory is full: use less\n"),
+        (RuntimeError("can't start new thread"), 1, f"bake: {NO_THREADS}\n"),
         (PermissionError(13, "Permission denied", "a.txt"), 1, "bake: Permission denied (a.txt)\n"),
+        (OSError(28, "No space left", "a"), 1, "bake: No space left (a): make room, then try again\n"),
         (OSError("odd"), 1, "bake: odd (no file named)\n"),
         (KeyboardInterrupt(), 130, "bake: interrupted\n"),
         (RunError("caf\udce9"), 1, "bake: caf\\udce9\n"),

@@ -12,7 +12,7 @@ import time
 import types
 
 import pytest
-from checkpoint_kit import no_space
+from checkpoint_kit import no_space, start_process
 from conftest import rows_of, tiny_flags
 
 import train
@@ -42,6 +42,53 @@ def test_a_file_is_replaced_whole_or_not_at_all(tmp_path):
         assert path.read_bytes() == b"old"
     assert path.read_bytes() == b"new"
     assert os.listdir(tmp_path) == ["file"]
+
+
+def test_a_fault_that_names_no_file_gets_its_name(tmp_path):
+    with pytest.raises(OSError) as caught, atomic_write(tmp_path / "file"):
+        no_space()
+    assert caught.value.filename == str(tmp_path / "file")
+    with pytest.raises(OSError) as caught, files.whole_folder(tmp_path / "folder"):
+        no_space()
+    assert caught.value.filename == str(tmp_path / "folder")
+
+
+def test_two_processes_that_write_the_same_file_at_once_dont_meet(tmp_path):
+    path = tmp_path / "file"
+    with atomic_write(path) as f:
+        f.write(b"first")
+        other = start_process(write, path, b"second")
+        other.join()
+        assert other.exitcode == 0
+        assert path.read_bytes() == b"second"
+    assert path.read_bytes() == b"first"
+    assert os.listdir(tmp_path) == ["file"]
+
+
+@pytest.mark.skipif(os.name != "posix", reason="kill -9 is of POSIX")
+@pytest.mark.parametrize("way", [atomic_write, files.whole_folder])
+def test_what_a_killed_process_left_is_removed_by_the_next_and_what_others_write_stays(tmp_path, way):
+    path = tmp_path / "name"
+    process = start_process(write_until_killed, way, path)
+    process.join()
+    assert process.exitcode == -signal.SIGKILL
+    (left,) = tmp_path.iterdir()
+    assert left.name.endswith(f".{process.pid}.part")
+    others = [
+        left.name.replace(str(process.pid), str(os.getppid())),  # which runs
+        left.name.replace("name", "name.txt"),
+        left.name.replace("name", "name.of-another-machine"),
+    ]
+    for name in others:
+        (tmp_path / name).touch()
+    with way(path):
+        assert not left.exists()
+    assert sorted(os.listdir(tmp_path)) == sorted(["name", *others])
+
+
+def write_until_killed(kind, path) -> None:
+    with kind(path):
+        os.kill(os.getpid(), signal.SIGKILL)
 
 
 def test_a_written_file_has_the_usual_mode(tmp_path):

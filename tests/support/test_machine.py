@@ -27,8 +27,21 @@ def runtime(amp_dtype=None) -> Runtime:
 
 def outline(config: GPTConfig) -> GPT:
     """A model that has shapes and no numbers."""
-    with torch.device("meta"):
+    with machine.outline():
         return GPT(config)
+
+
+def test_in_an_outline_nothing_is_filled_with_random_numbers():
+    """torch would import sympy for it, which takes a second."""
+    with machine.NoRandomNumbers():
+        zeros = torch.zeros(9)
+        zeros.normal_()
+        assert not zeros.any()
+        linear = torch.nn.Linear(9, 9)
+        linear.weight.detach().fill_(3.0)
+        linear.reset_parameters()
+        assert linear.weight.eq(3.0).all()
+    assert {p.device.type for p in outline(GPTConfig()).parameters()} == {"meta"}
 
 
 # ---- device and precision ----
@@ -125,11 +138,9 @@ def small_memory(monkeypatch, gigabytes: float) -> None:
 
 def check_gpt2(tokens: int, half_precision=False, grad_checkpoint=False) -> None:
     """Does GPT-2 124M fit, by AdamW and with so many tokens at once?"""
-    model = outline(GPTConfig())
-    parameters = sum(p.numel() for p in model.parameters())
-    saved = train.saved_bytes(model, "adamw")
-    activations = model.activation_bytes(tokens, half_precision, grad_checkpoint)
-    machine.check_memory(runtime(), parameters, saved, activations)
+    settings = train.TrainConfig(batch_size=1, seq_len=tokens, grad_checkpoint=grad_checkpoint)
+    amp_dtype = torch.bfloat16 if half_precision else None
+    machine.check_memory(runtime(amp_dtype), outline(GPTConfig()), settings)
 
 
 def test_what_cannot_fit_is_said_with_its_size_and_what_would(monkeypatch):

@@ -387,3 +387,38 @@ def test_no_more_pieces_are_read_than_are_worked_on(tokenizer):
         assert len(read) - done <= 2 * os.cpu_count() + 1
         assert len(tokens) == 3
     assert len(read) == 200
+
+
+# ---- a text of earlier ----
+
+
+@pytest.fixture
+def two_texts(tmp_path):
+    (tmp_path / "a.txt").write_text("First text.\n")
+    (tmp_path / "b.txt").write_text("And another.\n")
+    return str(tmp_path)
+
+
+@pytest.mark.parametrize("several", [False, True])
+def test_the_text_of_a_run_is_found_again_until_it_changes(two_texts, tokenizer, several):
+    given = two_texts if several else f"{two_texts}/b.txt"
+    corpus = load_corpus(given, tokenizer)
+    assert text.find_text(given, corpus.sha256) == corpus.text != ""
+    with open(f"{two_texts}/b.txt", "a") as f:
+        f.write("More.\n")
+    assert text.find_text(given, corpus.sha256) == ""
+
+
+def test_a_text_that_is_gone_or_too_long_or_no_text_is_not_found(two_texts, tokenizer, monkeypatch):
+    sha256 = load_corpus(two_texts, tokenizer).sha256
+    for odd in ("", "nowhere.txt", [two_texts, "nowhere.txt"], os.devnull, 5, None, [None]):
+        assert text.find_text(odd, sha256) == ""
+    monkeypatch.setattr(text, "TEXT_KEPT", 20)
+    assert text.find_text(two_texts, sha256) == ""
+
+
+def test_to_find_a_text_nothing_is_fetched(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(text, "ROOT", tmp_path)
+    monkeypatch.setattr(text, "fetch_corpus", lambda path: pytest.fail("fetched"))
+    assert text.find_text(str(text.CORPUS_PATH), text.CORPUS_SHA256) == ""
