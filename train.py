@@ -237,17 +237,18 @@ class TokenBatcher:
         if not self.shuffle:
             return i
         if self.shuffled_pass != this_pass:
-            self.order = torch.randperm(self.n_batches, generator=self.generator(this_pass))
+            generator = torch.Generator().manual_seed(self.pass_seed(this_pass))
+            self.order = torch.randperm(self.n_batches, generator=generator)
             self.shuffled_pass = this_pass
         return int(self.order[i])
 
     def shift(self, k: int) -> int:
         """How many tokens earlier does the run's k-th batch begin than it would in a pass without shift?"""
-        return int(torch.randint(self.shifts, (), generator=self.generator(k // self.n_batches)))
+        return int(np.random.default_rng(self.pass_seed(k // self.n_batches)).integers(self.shifts))
 
-    def generator(self, this_pass: int) -> torch.Generator:
+    def pass_seed(self, this_pass: int) -> int:
         """Of what a pass draws. Two large primes keep passes apart from each other and from neighbouring seeds'."""
-        return torch.Generator().manual_seed((self.seed * 1_000_003 + this_pass * 7_919) % 2**63)
+        return (self.seed * 1_000_003 + this_pass * 7_919) % 2**63
 
     def batch(self, index: int, shift: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
         """(idx, targets), both (B, T) int64 on the device, for a batch of the corpus."""

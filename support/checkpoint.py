@@ -119,6 +119,9 @@ def check_content(path: str | Path, content: dict) -> None:
         value = given.get(name) or 0
         if not isinstance(value, (int, float)) or not 0 <= value < 2**63:  # also true of nan
             raise damaged(path, f"its {name} is no number of 0 or more")
+    made_on = content.get("made_on", {})
+    if not isinstance(made_on, dict) or not isinstance(made_on.get("processes", 1), int):
+        raise damaged(path, "it doesn't say what it was made on")
     weights = content["model"].values()
     if not all(map(is_plain, weights)):
         raise damaged(path, "its weights aren't plain tensors")

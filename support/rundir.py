@@ -202,7 +202,8 @@ class RunDirectory:
         folder = path.parent if path.parent.name else path.absolute().parent  # "last.pt" alone has no parents
         settings["out_dir"] = str(folder.parent if folder.absolute().name == "checkpoints" else self.root)
         if not accumulates:
-            settings["grad_accum"] = shared_grad_accum(state["made_on"]["processes"], state["config"]["grad_accum"])
+            processes = state.get("made_on", {}).get("processes", 1)  # weights alone, refused later, don't say
+            settings["grad_accum"] = shared_grad_accum(processes, state["config"]["grad_accum"])
         return settings
 
     def resume(self, trainer) -> tuple[Path | None, list[str]]:
