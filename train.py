@@ -29,6 +29,8 @@ after a checkpoint.
 
 from __future__ import annotations
 
+from support import cli  # isort: skip  # first, so that Ctrl-C in the seconds of importing is one line
+
 import argparse
 import contextlib
 import dataclasses
@@ -51,7 +53,6 @@ import torch.utils.checkpoint
 
 from support import (
     checkpoint,
-    cli,
     dry_run,
     figures,
     files,
