@@ -165,7 +165,7 @@ def write(changes: Sequence[Change]) -> None:
         for change in changes:
             os.replace(change.part(), change.target())
             replaced.append(change)
-    except OSError:
+    except (OSError, KeyboardInterrupt):
         for change in replaced:
             change.undo()
         raise

@@ -275,17 +275,20 @@ def test_usage_errors(run_dir, tmp_path, capsys):
 
 
 def test_ctrl_c_is_one_line_and_changes_nothing(run_dir, tmp_path, monkeypatch, capsys):
-    readme = write_readme(tmp_path, "SUMMARY")
+    readme = write_readme(tmp_path, "SUMMARY", "CURVE")
     before = readme.read_bytes()
+    real = os.replace
 
-    def interrupted(*_):
-        raise KeyboardInterrupt
+    def interrupted(source, target):
+        if target == readme:
+            raise KeyboardInterrupt
+        real(source, target)
 
     monkeypatch.setattr(os, "replace", interrupted)
     assert update() == 130
     assert capsys.readouterr().err == "update_readme.py: interrupted\n"
     assert readme.read_bytes() == before
-    assert not list(tmp_path.rglob("*.part"))
+    assert not list(tmp_path.rglob("*.part")) and not list(tmp_path.rglob("*.svg"))
 
 
 def test_it_imports_neither_torch_nor_train_py(run_dir, tmp_path):
