@@ -14,6 +14,8 @@ Exit codes: 0 written, 1 a file that can't be read or written, 2 unusable flags.
 
 from __future__ import annotations
 
+from support import cli  # isort: skip  # first, so that Ctrl-C in the seconds of importing is one line
+
 import argparse
 import contextlib
 import json
@@ -29,7 +31,7 @@ import torch
 import update_readme
 from report.markdown import code
 from report.run import ReadmeError
-from support import cli, deepseek
+from support import deepseek
 from support.checkpoint import load_model
 from support.cli import RunError, UsageError
 from support.files import whole_folder

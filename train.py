@@ -29,6 +29,8 @@ after a checkpoint.
 
 from __future__ import annotations
 
+from support import cli  # isort: skip  # first, so that Ctrl-C in the seconds of importing is one line
+
 import argparse
 import contextlib
 import dataclasses
@@ -49,7 +51,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 import torch.utils.checkpoint
 
-from support import checkpoint, cli, dry_run, figures, files, inference, machine, pretrained, record, rundir, text
+from support import checkpoint, dry_run, figures, files, inference, machine, pretrained, record, rundir, text
 from support.bar import StepBar
 from support.cli import RunError, Stopped, StopSignals, UsageError, flag
 from support.kernels import Muon, MuonAdamW, attention_by_products, linear_cross_entropy, updates_here

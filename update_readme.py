@@ -10,10 +10,12 @@ of train.py and support/presets.py. A block that no file has is left alone. What
 from the clock, so the same run directory gives the same bytes.
 
 Exit codes: 0 written or already current, 1 broken markers (file:line), a run or a file that can't be read or written,
-2 unusable flags, 5 stale under --check.
+2 unusable flags, 5 stale under --check, 130 stopped by Ctrl-C.
 """
 
 from __future__ import annotations
+
+from support import interrupt  # isort: skip  # first, so that Ctrl-C in the seconds of importing is one line
 
 import argparse
 import contextlib
@@ -163,7 +165,7 @@ def write(changes: Sequence[Change]) -> None:
         for change in changes:
             os.replace(change.part(), change.target())
             replaced.append(change)
-    except OSError:
+    except (OSError, KeyboardInterrupt):
         for change in replaced:
             change.undo()
         raise
@@ -350,12 +352,16 @@ def build_parser() -> argparse.ArgumentParser:
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs the command line and returns the exit code; faults are one sentence each, on stderr."""
     args = build_parser().parse_args(argv)
+    interrupt.hand_over()
     try:
         return update(args)
     except ReadmeError as e:
         say(str(e), to=sys.stderr)
     except OSError as e:
         say(f"update_readme.py: {e.strerror or e} ({e.filename or 'no file named'})", to=sys.stderr)
+    except KeyboardInterrupt:
+        say("update_readme.py: interrupted", to=sys.stderr)
+        return 130
     return 1
 
 

@@ -274,6 +274,23 @@ def test_usage_errors(run_dir, tmp_path, capsys):
     assert e.value.code == 2
 
 
+def test_ctrl_c_is_one_line_and_changes_nothing(run_dir, tmp_path, monkeypatch, capsys):
+    readme = write_readme(tmp_path, "SUMMARY", "CURVE")
+    before = readme.read_bytes()
+    real = os.replace
+
+    def interrupted(source, target):
+        if target == readme:
+            raise KeyboardInterrupt
+        real(source, target)
+
+    monkeypatch.setattr(os, "replace", interrupted)
+    assert update() == 130
+    assert capsys.readouterr().err == "update_readme.py: interrupted\n"
+    assert readme.read_bytes() == before
+    assert not list(tmp_path.rglob("*.part")) and not list(tmp_path.rglob("*.svg"))
+
+
 def test_it_imports_neither_torch_nor_train_py(run_dir, tmp_path):
     write_readme(tmp_path, *update_readme.NAMES)
     code = "import sys, update_readme as u; u.main(['--run_dir', 'out/own']); print(*sys.modules)"
@@ -281,7 +298,8 @@ def test_it_imports_neither_torch_nor_train_py(run_dir, tmp_path):
     done = subprocess.run([sys.executable, "-c", code], env=environment, check=True, capture_output=True, text=True)
     loaded = done.stdout.splitlines()[-1].split()
     assert "report.pictures" in loaded
-    assert not [name for name in loaded if name.split(".")[0] in ("torch", "train", "support")]
+    shared = [name for name in loaded if name.split(".")[0] in ("torch", "train", "support")]
+    assert shared == ["support", "support.interrupt"]  # which is about Ctrl-C alone
 
 
 def test_the_readme_of_this_project_is_current(monkeypatch):
