@@ -35,6 +35,7 @@ from support.door import door, is_read
 from support.inference import PAGE_BOUNDS, Request, Writer
 from support.look import CSS, theme
 from support.machine import machine_problems
+from support.rounding import add_dtype_flag
 from support.rundir import RunDirectory, chosen_checkpoint, run_around
 from support.space import make_space
 from support.text import draw_prompts, find_text
@@ -347,6 +348,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--port", type=int, default=7860, help="(default: 7860)")
     cli.add_machine_flags(parser)
     parser.add_argument("--make_space", metavar="DIR", type=Path, help="write a Hugging Face Space instead")
+    add_dtype_flag(parser)
     return parser
 
 
@@ -355,11 +357,13 @@ def start(args: argparse.Namespace) -> int:
     problems = machine_problems(args.device, args.amp)
     if not 0 < args.port < 65536:
         problems.append(f"port {args.port} isn't from 1 to 65535: choose another --port")
+    if args.dtype != "fp32" and not args.make_space:
+        problems.append("--dtype is of what --make_space writes: give both, or --amp for this page")
     if problems:
         raise UsageError(*problems)
     checkpoint = chosen_checkpoint("app.py", args.checkpoint)
     if args.make_space:
-        make_space(checkpoint, args.make_space)
+        make_space(checkpoint, args.make_space, ARCHITECTURES, args.dtype)
         return 0
     print(f"Loading {checkpoint} ...", flush=True)
     layout = build(Page(checkpoint, args.device, args.amp))

@@ -2,6 +2,7 @@
 
     python export_hf.py --out_dir hf                         # of the newest run in out*/
     python export_hf.py --checkpoint out_demo/checkpoints/best.pt --out_dir hf
+    python export_hf.py --dtype fp16 --out_dir hf            # in half the bytes
     python train.py --init_from hf --preset finetune         # the way back: trains it further
 
 The folder has config.json, generation_config.json, model.safetensors, the tokenizer's files (from the packaged
@@ -34,6 +35,7 @@ from support.checkpoint import load_model
 from support.cli import RunError, UsageError
 from support.files import whole_folder
 from support.pretrained import transposed
+from support.rounding import DTYPES, add_dtype_flag, round_weights
 from support.rundir import RunDirectory, chosen_checkpoint, run_around
 from support.text import END_OF_TEXT, Tokenizer, packaged_folder
 from train import ARCHITECTURES
@@ -75,7 +77,6 @@ def hf_config(model_config: dict, end_of_text: int | None) -> dict:
         "tie_word_embeddings": True,
         "bos_token_id": end_of_text,
         "eos_token_id": end_of_text,
-        "dtype": "float32",
     }
 
 
@@ -87,9 +88,9 @@ def hf_generation(config: dict, end_of_text: int | None) -> dict:
     return tokens | {"do_sample": True, "temperature": config["temperature"], "top_k": config.get("top_k", 0)}
 
 
-def write_weights(folder: Path, model: torch.nn.Module) -> None:
+def write_weights(folder: Path, model: torch.nn.Module, dtype: torch.dtype) -> None:
     # named_parameters has the tied head once
-    tensors = {name: transposed(name, p.detach()) for name, p in model.named_parameters()}
+    tensors = {name: transposed(name, p.detach()).to(dtype) for name, p in model.named_parameters()}
     size = sum(t.numel() * t.element_size() for t in tensors.values())
     print(f"Writing {size / 1e6:,.0f} MB of weights ...", flush=True)
     path = folder / "model.safetensors"
@@ -237,16 +238,19 @@ def mean_over(step: int, run_dir: Path | None) -> str:
 # ======== Command line ================================================================================================
 
 
-def export(path: Path, folder: Path) -> None:
+def export(path: Path, folder: Path, dtype: str = "fp32") -> None:
     """Raises RunError, UsageError, ReadmeError or OSError; then nothing is left in the folder."""
     print(f"Reading {path} ...", flush=True)
     # whole, with its checksums: this copy may be all that is kept
     model, tokenizer, checkpoint = load_model(path, ARCHITECTURES, lazy=False)
     parameters = sum(p.numel() for p in model.parameters())
+    round_weights(model, dtype)
+    stored = DTYPES[dtype]
     with whole_folder(folder) as part:
-        write_json(part / "config.json", hf_config(checkpoint["model_config"], tokenizer.end_of_text))
+        config = hf_config(checkpoint["model_config"], tokenizer.end_of_text)
+        write_json(part / "config.json", config | {"dtype": str(stored).removeprefix("torch.")})
         write_json(part / "generation_config.json", hf_generation(checkpoint["config"], tokenizer.end_of_text))
-        write_weights(part, model)
+        write_weights(part, model, stored)
         write_tokenizer(part, tokenizer, model.config.block_size)
         write_card(part, folder.resolve().name, checkpoint, parameters, run_around(path))
     if tokenizer.name == "char":  # an earlier export's, of which this tokenizer has no such file
@@ -259,6 +263,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser = cli.program_parser("export_hf.py", "python export_hf.py [--checkpoint FILE] --out_dir DIR", __doc__)
     parser.add_argument("--checkpoint", type=Path, help="a best.pt or last.pt (default: of the newest run in out*/)")
     parser.add_argument("--out_dir", type=Path, required=True, help="folder to write")
+    add_dtype_flag(parser)
     parser.add_argument("--overwrite", action="store_true", help="replace what was exported to it before")
     return parser
 
@@ -271,7 +276,7 @@ def start(args: argparse.Namespace) -> int:
     if folder.is_dir() and any(folder.iterdir()) and not args.overwrite:
         raise UsageError(f"{folder} isn't empty: add --overwrite to replace what it holds, or name another")
     try:
-        export(chosen_checkpoint("export_hf.py", args.checkpoint), folder)
+        export(chosen_checkpoint("export_hf.py", args.checkpoint), folder, args.dtype)
     except ReadmeError as e:
         raise RunError(str(e)) from None
     return 0
