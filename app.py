@@ -2,7 +2,8 @@
 
     python app.py                                            # the newest run in out*/, at http://127.0.0.1:7860
     python app.py --checkpoint out_demo/checkpoints/best.pt
-    python app.py --make_space space                         # a folder to push as a Hugging Face Space
+    python app.py --make_space space                         # a folder that is a Hugging Face Space
+    python app.py --make_space space --push_to_hub USER/NAME # and puts it online
 
 Text streams in token by token. What stands word for word in the training text is marked, if that text is still there.
 One request is computed at a time, others wait in a queue. What a request may ask for is limited on the server, not only
@@ -32,6 +33,7 @@ from report.run import ReadmeError, read_run
 from support import cli
 from support.cli import RunError, UsageError
 from support.door import door, is_read
+from support.hub import add_hub_flags, hub_problems, push_folder
 from support.inference import PAGE_BOUNDS, Request, Writer
 from support.look import CSS, theme
 from support.machine import machine_problems
@@ -349,6 +351,7 @@ def build_parser() -> argparse.ArgumentParser:
     cli.add_machine_flags(parser)
     parser.add_argument("--make_space", metavar="DIR", type=Path, help="write a Hugging Face Space instead")
     add_dtype_flag(parser)
+    add_hub_flags(parser)
     return parser
 
 
@@ -359,11 +362,16 @@ def start(args: argparse.Namespace) -> int:
         problems.append(f"port {args.port} isn't from 1 to 65535: choose another --port")
     if args.dtype != "fp32" and not args.make_space:
         problems.append("--dtype is of what --make_space writes: give both, or --amp for this page")
+    if args.push_to_hub and not args.make_space:
+        problems.append("--push_to_hub sends what --make_space writes: give both")
+    problems += hub_problems(args.push_to_hub, args.private)
     if problems:
         raise UsageError(*problems)
     checkpoint = chosen_checkpoint("app.py", args.checkpoint)
     if args.make_space:
         make_space(checkpoint, args.make_space, ARCHITECTURES, args.dtype)
+        if args.push_to_hub:
+            push_folder(args.make_space, args.push_to_hub, "space", args.private)
         return 0
     print(f"Loading {checkpoint} ...", flush=True)
     layout = build(Page(checkpoint, args.device, args.amp))

@@ -3,6 +3,7 @@
     python export_hf.py --out_dir hf                         # of the newest run in out*/
     python export_hf.py --checkpoint out_demo/checkpoints/best.pt --out_dir hf
     python export_hf.py --dtype fp16 --out_dir hf            # in half the bytes
+    python export_hf.py --out_dir hf --push_to_hub USER/NAME # then sends it to the Hugging Face Hub
     python train.py --init_from hf --preset finetune         # the way back: trains it further
 
 The folder has config.json, generation_config.json, model.safetensors, the tokenizer's files (from the packaged
@@ -34,6 +35,7 @@ from support import cli
 from support.checkpoint import load_model
 from support.cli import RunError, UsageError
 from support.files import whole_folder
+from support.hub import add_hub_flags, hub_problems, push_folder
 from support.pretrained import transposed
 from support.rounding import DTYPES, add_dtype_flag, round_weights
 from support.rundir import RunDirectory, chosen_checkpoint, run_around
@@ -238,7 +240,7 @@ def mean_over(step: int, run_dir: Path | None) -> str:
 # ======== Command line ================================================================================================
 
 
-def export(path: Path, folder: Path, dtype: str = "fp32") -> None:
+def export(path: Path, folder: Path, dtype: str, title: str) -> None:
     """Raises RunError, UsageError, ReadmeError or OSError; then nothing is left in the folder."""
     print(f"Reading {path} ...", flush=True)
     # whole, with its checksums: this copy may be all that is kept
@@ -252,7 +254,7 @@ def export(path: Path, folder: Path, dtype: str = "fp32") -> None:
         write_json(part / "generation_config.json", hf_generation(checkpoint["config"], tokenizer.end_of_text))
         write_weights(part, model, stored)
         write_tokenizer(part, tokenizer, model.config.block_size)
-        write_card(part, folder.resolve().name, checkpoint, parameters, run_around(path))
+        write_card(part, title, checkpoint, parameters, run_around(path))
     if tokenizer.name == "char":  # an earlier export's, of which this tokenizer has no such file
         for name in GPT2_FILES:
             (folder / name).unlink(missing_ok=True)
@@ -264,21 +266,28 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--checkpoint", type=Path, help="a best.pt or last.pt (default: of the newest run in out*/)")
     parser.add_argument("--out_dir", type=Path, required=True, help="folder to write")
     add_dtype_flag(parser)
-    parser.add_argument("--overwrite", action="store_true", help="replace what was exported to it before")
+    parser.add_argument("--overwrite", action="store_true", help="replace what was exported there before")
+    add_hub_flags(parser)
     return parser
 
 
 def start(args: argparse.Namespace) -> int:
     """Does what the command line says. Raises UsageError, RunError or OSError."""
     folder = args.out_dir
+    problems = hub_problems(args.push_to_hub, args.private)
+    if problems:
+        raise UsageError(*problems)
     if folder.exists() and not folder.is_dir():
         raise UsageError(f"{folder} is a file: name a folder")
     if folder.is_dir() and any(folder.iterdir()) and not args.overwrite:
         raise UsageError(f"{folder} isn't empty: add --overwrite to replace what it holds, or name another")
     try:
-        export(chosen_checkpoint("export_hf.py", args.checkpoint), folder, args.dtype)
+        title = args.push_to_hub or folder.resolve().name
+        export(chosen_checkpoint("export_hf.py", args.checkpoint), folder, args.dtype, title)
     except ReadmeError as e:
         raise RunError(str(e)) from None
+    if args.push_to_hub:
+        push_folder(folder, args.push_to_hub, "model", args.private, replace=args.overwrite)
     return 0
 
 
