@@ -13,6 +13,11 @@ Exit codes: 0 written or already current, 1 broken markers (file:line), a run or
 2 unusable flags, 5 stale under --check, 130 stopped by Ctrl-C.
 """
 
+# /// script
+# requires-python = ">=3.10,<3.15"
+# dependencies = ["matplotlib==3.10.9", "markdown-it-py>=3,<5"]
+# ///
+
 from __future__ import annotations
 
 from support import interrupt  # isort: skip  # first, so that Ctrl-C in the seconds of importing is one line
