@@ -1280,11 +1280,6 @@ def build_parser() -> argparse.ArgumentParser:
     return parser
 
 
-def config_from_flags(argv: Sequence[str]) -> TrainConfig:
-    """Raises UsageError with all problems of the flags at once; RunError for a checkpoint that can't be read."""
-    return from_flags(TrainConfig, argv)
-
-
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs the command line and returns the exit code; faults are one sentence each, on stderr."""
     words = sys.argv[1:] if argv is None else list(argv)
@@ -1293,7 +1288,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     meeting = meet()
 
     def body() -> int:
-        config = meeting.agreed(lambda: config_from_flags(words))
+        config = meeting.agreed(lambda: from_flags(TrainConfig, words))
         return train(config, shlex.join(["python", "train.py", *words]), meeting)["exit_code"]
 
     return cli.run_program("train.py", body, "lower --batch_size or --seq_len, or add --grad_checkpoint", meeting.say)
