@@ -11,6 +11,7 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
 
 import pytest
@@ -18,8 +19,9 @@ import torch
 from conftest import ROOT, log_of, rows_of, same_weights, tiny_flags, weights_of, without_times
 
 import train
+from support import processes
 from support.machine import Runtime, shared_grad_accum
-from support.processes import check_restarts, differences, told_once
+from support.processes import Meeting, Watch, check_restarts, differences, place, told_once, was_killed
 
 ENV = {**os.environ, "GLOO_SOCKET_IFNAME": "lo", "PYTHONPATH": str(ROOT)}
 SETTINGS = {"tokenizer": "char", "target_loss": 0, "num_prompts": 1, "seq_len": 64, "batch_size": 1}
@@ -95,6 +97,65 @@ def test_restarts_on_several_machines_need_a_store_that_ends_with_the_processes(
         check_restarts()
     monkeypatch.setenv("TORCHELASTIC_USE_AGENT_STORE", "False")
     check_restarts()
+
+
+def test_code_that_does_not_know_a_setting_differs_like_any_other():
+    everyones = [{"code": "new", "shift": 1}, {"code": "old"}]
+    assert differences(everyones)[1] == "shift is 1 in process 0 and None in process 1: start all processes alike"
+
+
+# ---- the watch ----
+
+
+class StoppedStore:
+    """As a store whose process was stopped: what is sent there is taken, and no question is answered."""
+
+    def clone(self):
+        return self
+
+    def set(self, key, value):
+        pass
+
+    def check(self, keys):
+        threading.Event().wait()
+
+    def compare_set(self, key, expected, value):
+        threading.Event().wait()
+
+    def add(self, key, value):
+        threading.Event().wait()
+
+
+def meeting_of(rank: int, store) -> Meeting:
+    meeting = Meeting.__new__(Meeting)
+    meeting.rank = rank
+    meeting.world_size = 3
+    meeting.speaks = None
+    meeting.store = store
+    return meeting
+
+
+def test_a_process_that_keeps_the_store_and_is_stopped_keeps_nobody_waiting(monkeypatch):
+    monkeypatch.setattr(processes, "ANSWER", 0.05)
+    watch = Watch(meeting_of(1, StoppedStore()), 0.001)
+    assert watch.found.wait(10)
+    watch.ending.set()  # or it would end this program
+    watch.leave("why")
+    assert watch.sentence().startswith(
+        "another process of this run doesn't answer: the first one, or its torchrun, has"
+    )
+    assert [meeting_of(rank, StoppedStore()).takes_the_word() for rank in (1, 2)] == [True, False]
+
+
+def test_only_on_its_own_machine_it_can_be_asked_whether_a_process_runs(monkeypatch):
+    gone = subprocess.Popen([sys.executable, "-c", ""])
+    gone.wait()
+    monkeypatch.setenv("GROUP_RANK", "0")
+    assert was_killed(f"{place()} {gone.pid} 7")
+    assert not was_killed(f"{place()} {os.getpid()} 7")
+    assert not was_killed(f"1 {gone.pid} 7")
+    monkeypatch.setattr(processes, "WINDOWS", True)
+    assert not was_killed(f"{place()} {gone.pid} 7")
 
 
 # ---- two of them ----
