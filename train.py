@@ -1089,8 +1089,7 @@ class Loop:
 
     def stop_asked(self) -> bool:
         """Did a signal come, to any of the processes?"""
-        self.stop.signum = self.runtime.any(self.stop.signum)
-        return bool(self.stop.signum)
+        return self.stop.asked_of_any(self.runtime.any)
 
     def save_is_late(self) -> bool:
         minutes = self.clock.since("save") / 60

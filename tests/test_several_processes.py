@@ -20,6 +20,7 @@ from conftest import ROOT, log_of, rows_of, same_weights, tiny_flags, weights_of
 
 import train
 from support import processes
+from support.cli import StopSignals
 from support.machine import Runtime, shared_grad_accum
 from support.processes import Meeting, Watch, check_restarts, differences, place, told_once, was_killed
 
@@ -59,6 +60,17 @@ def test_for_one_process_the_verbs_change_nothing():
     assert alone.wait() is None
     assert alone.wrap(model) is model
     assert alone.talk_is_free
+
+
+def test_a_signal_that_comes_while_the_processes_talk_is_not_forgotten():
+    def hear(value: int) -> int:
+        signal.raise_signal(signal.SIGTERM)
+        return value
+
+    with StopSignals() as stop:
+        assert not stop.asked_of_any(hear)
+        assert stop.asked_of_any(lambda value: value)
+    assert stop.signum == signal.SIGTERM
 
 
 # ---- what they agree on ----
