@@ -413,6 +413,8 @@ class Processes(Runtime):
 
     def __exit__(self, kind, e, traceback) -> None:
         if e is None:
+            with self.watched(lambda sentence: None):
+                self.first("done")  # it may still write: when one process ends, torchrun gives the others half a minute
             self.watch.leave()
             dist.destroy_process_group()
             return

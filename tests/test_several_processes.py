@@ -174,7 +174,7 @@ def test_only_on_its_own_machine_it_can_be_asked_whether_a_process_runs(monkeypa
 
 # What the two processes do, one run after the other: they start once, which takes longer than all of it.
 PROGRAM = """
-import json, os, sys
+import json, os, sys, time
 import torch
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import Shard, distribute_tensor
@@ -228,6 +228,12 @@ with launch.join(meeting, alone, train.TrainConfig()) as runtime:
     for p, update in updates:
         torch.testing.assert_close(update, real(p[None], torch.float32)[0])
     assert {id(p) for p, _ in updates} == {id(p) for p in matrices}
+
+    # what the first one still writes at the end, the other waits for
+    if rank == 0:
+        time.sleep(0.5)
+        open("written", "w").close()
+assert os.path.exists("written")
 
 # the same in parts: some of one row, of which the second process holds nothing
 with launch.join(launch.meet(), alone, train.TrainConfig(parallel="fsdp")) as runtime:
