@@ -3,6 +3,7 @@
     python update_readme.py                             # from out/, into README.md, docs/*.md and assets/
     python update_readme.py --run_dir records/shakespeare --check  # up to date? 0 yes, 5 no; writes nothing
     python update_readme.py --run_dir records/shakespeare --diff   # what would change; writes nothing
+    python update_readme.py --html report.html          # one page for the browser, with all samples, in place of it all
     python update_readme.py --init README_of_mine.md    # a README of your own, to be filled: --readme README_of_mine.md
 
 SUMMARY, MODEL, CURVE, METRICS, SAMPLES, LOGS and REPRODUCE come from the run directory; report/run.py says what is read
@@ -31,7 +32,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from report import blocks, pictures, published
+from report import blocks, html, pictures, published
 from report.flags import flags
 from report.markdown import one_line, plain
 from report.markers import NAMES, OTHER_NAMES, find_blocks
@@ -351,6 +352,7 @@ def build_parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--assets_dir", type=Path, help="where pictures go (default: assets beside the first file)")
     parser.add_argument("--init", type=Path, metavar="FILE", help="write a README with all blocks, for a run of yours")
+    parser.add_argument("--html", type=Path, metavar="FILE", help="write the run's report for a browser, and no README")
     parser.add_argument("--check", action="store_true", help="write nothing; exit with 5 if a file is stale")
     parser.add_argument("--diff", action="store_true", help="write nothing; show what would change")
     return parser
@@ -372,9 +374,11 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def update(args: argparse.Namespace) -> int:
     """Does what the command line says. Raises ReadmeError or OSError."""
-    files = args.readme or [README]
-    for path in files:
-        if not path.is_file():
+    if args.html:
+        changes, notes = plan_report(args.html, args.run_dir)
+    else:
+        changes, notes = plan_readme(args)
+    stale        if not path.is_file():
             say(f"update_readme.py: {path} isn't a file: name one with --readme", to=sys.stderr)
             return 2
     pages = named_pages(files) if args.readme else default_pages()

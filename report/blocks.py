@@ -278,7 +278,7 @@ def verbatim_runs(run: Run) -> list[str]:
 
 def samples(run: Run) -> str:
     """The latest sample, whole; one that is very long is cut between two prompts, or else between two lines."""
-    step, text = run.sample
+    step, text = run.latest_sample()
     if not text.strip():
         return "No sample has been written yet."
     head = "The latest sample:"

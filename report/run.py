@@ -55,6 +55,7 @@ SAMPLE_HEAD = re.compile(r"^={20,}[ \t]*\n+STEP[ \t:]+(\d{1,15})[^\n]*\n", re.M)
 LEFT_OUT_NAMED = 3  # rows of a CSV that are left out and named one by one; the others are counted
 
 Row = dict[str, float]  # the figures of a logged step; keys are those of FORMATS
+Sample = tuple[int | None, str]  # (step, text) of a block of samples.txt; None where the step isn't on record
 
 
 class ReadmeError(Exception):
@@ -101,7 +102,7 @@ class Run:
     record: dict  # run.json; {} where there is none
     rows: list[Row]  # the logged steps, each once, in order
     log: list[str]
-    sample: tuple[int | None, str]  # (step, text) of the latest; (None, "") where there is none
+    samples: list[Sample]  # in the order in which they were written
     beside: tuple[Run, ...] = ()  # the published runs on the same text
     held_out: tuple[Run, ...] = ()  # the published runs that held some of it out
 
@@ -158,6 +159,14 @@ class Run:
             return "all of the text but what was held out"
         return "the whole text"
 
+    def latest_sample(self) -> Sample:
+        """The latest that has any output, or else any text; (None, "") where there is none."""
+        for pattern in (r"^OUTPUT:\s*\S", r"\S"):
+            for step, text in reversed(self.samples):
+                if step is None or re.search(pattern, text, re.M):
+                    return step, text
+        return None, ""
+
     def closing(self) -> list[tuple[str, str]]:
         """(time, message) of what follows the log's last step, or else of its last line."""
         found = []
@@ -191,10 +200,8 @@ def read_run(folder: Path, name: str) -> tuple[Run, list[str]]:
         rows = rows_of_log(log)
         if rows:
             notes.append(f"{folder} has no CSV with steps: the log serves")
-    sample = (None, "")
-    if sample_file:
-        sample = read_sample(sample_file)
-    return Run(harmless(name), record, rows, log, sample), notes
+    samples = read_samples(sample_file) if sample_file else []
+    return Run(harmless(name), record, rows, log, samples), notes
 
 
 def where_a_run_is(folder: Path) -> str:
@@ -258,20 +265,12 @@ def read_record(path: Path) -> dict:
     return record
 
 
-def read_sample(path: Path) -> tuple[int | None, str]:
-    """(step, text) of the latest block that has any output; a file without such blocks is taken whole."""
+def read_samples(path: Path) -> list[Sample]:
+    """The blocks of samples.txt; a file without such blocks is one."""
     parts = SAMPLE_HEAD.split(read_text(path))  # text before the first block, then step, text, step, text ...
     if len(parts) == 1:
-        return None, parts[0].strip("\n")
-    with_output = (None, "")
-    with_text = (None, "")
-    for step, text in zip(parts[1::2], parts[2::2], strict=True):
-        block = (int(step), text.strip("\n"))
-        if text.strip():
-            with_text = block
-        if re.search(r"^OUTPUT:\s*\S", text, re.M):
-            with_output = block
-    return with_output if with_output[1] else with_text
+        return [(None, parts[0].strip("\n"))]
+    return [(int(step), text.strip("\n")) for step, text in zip(parts[1::2], parts[2::2], strict=True)]
 
 
 # ---- The log ----
