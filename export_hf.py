@@ -4,9 +4,9 @@
     python export_hf.py --checkpoint out_demo/checkpoints/best.pt --out_dir hf
     python train.py --init_from hf --preset finetune         # the way back: trains it further
 
-The folder has config.json, generation_config.json, model.safetensors, the tokenizer's files (from the packaged
-vocabulary, without a network) and a model card, README.md, with the results of the checkpoint's run directory. It
-appears when all of them are written; with --overwrite they take the place of those that are there, and files of your
+The folder has config.json, generation_config.json, model.safetensors, the tokenizer's files (from the checkpoint or the
+packaged vocabulary, without a network) and a model card, README.md, with the results of the checkpoint's run directory.
+It appears when all of them are written; with --overwrite they take the place of those that are there, and files of your
 own stay.
 
 Exit codes: 0 written, 1 a file that can't be read or written, 2 unusable flags.
@@ -103,9 +103,12 @@ def write_weights(folder: Path, model: torch.nn.Module) -> None:
 
 def write_tokenizer(folder: Path, tokenizer: Tokenizer, context: int) -> None:
     """tokenizer.json and its companions. Raises UsageError where GPT-2's vocabulary isn't installed."""
+    settings = {"tokenizer_class": "PreTrainedTokenizerFast"}
     if tokenizer.name == "char":
         theirs = char_tokenizer(tokenizer)
-        settings = {"tokenizer_class": "PreTrainedTokenizerFast"}
+    elif tokenizer.tokenizer_json:
+        theirs = own_tokenizer(tokenizer)
+        settings["eos_token"] = theirs.id_to_token(tokenizer.end_of_text)
     else:
         theirs = gpt2_tokenizer(folder)
         special = dict.fromkeys(("bos_token", "eos_token", "unk_token"), END_OF_TEXT)
@@ -141,6 +144,14 @@ def char_tokenizer(tokenizer: Tokenizer) -> tokenizers.Tokenizer:
     theirs.pre_tokenizer = tokenizers.pre_tokenizers.Split(tokenizers.Regex(r"[\s\S]"), "isolated")
     theirs.decoder = tokenizers.decoders.Fuse()
     return theirs
+
+
+def own_tokenizer(tokenizer: Tokenizer) -> tokenizers.Tokenizer:
+    """The file that the model was trained with, but for what it would put round a text: training put nothing there."""
+    content = json.loads(tokenizer.tokenizer_json)
+    if (content.get("post_processor") or {}).get("type") != "ByteLevel":
+        content["post_processor"] = None
+    return tokenizers.Tokenizer.from_str(json.dumps(content))
 
 
 # ======== The model card ==============================================================================================
@@ -249,7 +260,7 @@ def export(path: Path, folder: Path) -> None:
         write_weights(part, model)
         write_tokenizer(part, tokenizer, model.config.block_size)
         write_card(part, folder.resolve().name, checkpoint, parameters, run_around(path))
-    if tokenizer.name == "char":  # an earlier export's, of which this tokenizer has no such file
+    if tokenizer.name != "gpt2":  # an earlier export's, of which this tokenizer has no such file
         for name in GPT2_FILES:
             (folder / name).unlink(missing_ok=True)
     print(f'Written: AutoModelForCausalLM.from_pretrained("{folder}") loads it', flush=True)

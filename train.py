@@ -88,9 +88,7 @@ class TrainConfig:
     input_file: str | tuple[str, ...] = flag(
         "data/input.txt", "UTF-8 text, or a folder of .txt files; given several times, all are read", "Data"
     )
-    tokenizer: str = flag(
-        "gpt2", "gpt2: byte pairs, 50,257 tokens; char: a token for each character", choices=("gpt2", "char")
-    )
+    tokenizer: str = flag("gpt2", "gpt2: 50,257 byte pairs; char: a token a character; or a path to a tokenizer.json")
     cache_dir: str = flag("", "where token ids are kept between runs (default: the user's cache folder)")
     randomize_batches: bool = flag(False, "shuffle the order of the batches anew each pass")
     shift_windows: bool = flag(False, "let the windows begin at other places in each pass")
@@ -918,7 +916,7 @@ class Trainer:
 
     def load_state_dict(self, state: dict) -> None:
         """Goes back to where `state` was taken. Raises UsageError if settings that must stay have changed."""
-        checkpoint.check_same_run(state, dataclasses.asdict(self.given), self.corpus)
+        checkpoint.check_same_run(state, dataclasses.asdict(self.given), self.corpus, self.tokenizer)
         state = self.runtime.cut(state, self.model, self.optimizer)
         self.model.load_state_dict(state["model"])
         checkpoint.load_optimizer(self.optimizer, state["optimizer"])
@@ -1233,7 +1231,7 @@ def train(config: TrainConfig, command: str = "", meeting: machine.Alone | None 
         with runtime.first_one_first():  # the others find the tokens in the cache
             keep = not config.dry_run
             tokenizer, corpus = text.load_text(config.input_file, config.tokenizer, config.cache_dir, keep)
-        runtime.check_alike({"the text's SHA-256": corpus.sha256})
+        runtime.check_alike({"the text's SHA-256": corpus.sha256, "the tokenizer": tokenizer.name})
         trainer = Trainer(config, corpus, tokenizer, runtime)
         if config.dry_run:
             lines = list(dry_run.describe(trainer, saved_bytes(trainer.model, config.optimizer)))

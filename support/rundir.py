@@ -27,7 +27,7 @@ from support.checkpoint import changes_since, load_checkpoint
 from support.cli import DamagedError, RunError, UsageError, is_out_of_memory, say
 from support.files import atomic_write, lock_file, odd_kind, replace
 from support.machine import machine_problems, shared_grad_accum
-from support.text import input_problems
+from support.text import input_problems, tokenizer_problems
 
 ROOT = Path(__file__).resolve().parent.parent
 ENDINGS = ("target reached", "steps done", "patience over")  # of a run that has nothing more to do
@@ -251,6 +251,8 @@ def start_problems(config) -> Iterator[tuple[str, str]]:
             yield "out_dir", problem
     for problem in input_problems(config.input_file):
         yield "input_file", problem
+    for problem in tokenizer_problems(config.tokenizer):
+        yield "tokenizer", problem
 
 
 # ---- finding a run ----
