@@ -17,12 +17,12 @@ from pathlib import Path
 from unittest import mock
 
 import torch
-import torch.distributed as dist
 from common import ROOT, SAMPLE
 from gpu_kit import CLOSE, SMALL, Check, NotHere, expect, flags_of, make_trainer, settings, start_runtime, steps, widest
 
 import train
-from support import checkpoint, machine, text
+from support import checkpoint, text
+from support.processes import Meeting
 
 # ---- saving and resuming ----
 
@@ -158,21 +158,21 @@ def rows_and_weights(folder: str) -> tuple[list[float], dict]:
 # ---- several processes ----
 
 
-def nccl(check: Check) -> dict:
-    """One process that talks to itself through NCCL (on a CPU, gloo): the same losses as without. torchrun with one
-    process doesn't get there, since train.py then needs no one to talk to."""
+def nccl(check: Check, parallel: str) -> dict:
+    """One process that talks to itself through NCCL (on a CPU, gloo), with the whole model or with a part of it, which
+    here is all of it: the same losses as without. torchrun with one process doesn't get there, since train.py then
+    needs no one to talk to."""
     if check.device == "mps":
         raise NotHere("no library lets processes talk about what is on MPS")
     alone = steps(make_trainer(check, "fp16"), 5)
-    one = start_runtime(check.device, "fp16")
+    os.environ |= {"RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "localhost", "MASTER_PORT": "0"}
+    config = train.TrainConfig(parallel=parallel)
+    with Meeting().join(start_runtime(check.device, "fp16"), config) as together:
+        gap = widest(steps(make_trainer(check, "fp16", together, parallel=parallel), 5), alone)
+        expect(together.first("a") == "a", "what the first process says doesn't arrive")
+        expect(together.any(3) == 3 and together.gather({"a": 1}) == [{"a": 1}], "what a process says doesn't arrive")
+        together.wait()
     backend = "nccl" if check.device == "cuda" else "gloo"
-    dist.init_process_group(backend, init_method=f"file://{check.folder}/meet", rank=0, world_size=1)
-    together = machine.Processes(one.device, one.amp_dtype, one.scaler, one.reason, rank=0, world_size=1)
-    gap = widest(steps(make_trainer(check, "fp16", together), 5), alone)
-    expect(together.first("a") == "a", "what the first process says doesn't arrive")
-    expect(together.any(3) == 3 and together.gather({"a": 1}) == [{"a": 1}], "what a process says doesn't arrive")
-    together.wait()
-    together.close()
     expect(gap < 1e-3, f"over {backend}, a loss is {gap:.1e} from the one without")
     return {backend: f"a loss is {gap:.1e} apart"}
 

@@ -152,7 +152,7 @@ def told_once(lists: Sequence[list[str]]) -> list[str]:
 def must_agree(settings) -> dict:
     """What all processes must have alike: settings, torch, and the code."""
     code = hashlib.sha256()
-    for path in [ROOT / "train.py", *sorted((ROOT / "support").glob("*.py"))]:
+    for path in [ROOT / "train.py", ROOT / "mla_moe.py", *sorted((ROOT / "support").glob("*.py"))]:
         code.update(path.read_bytes())
     values = dataclasses.asdict(settings)
     for name in OWN:

@@ -202,7 +202,8 @@ class RunDirectory:
         folder = path.parent if path.parent.name else path.absolute().parent  # "last.pt" alone has no parents
         settings["out_dir"] = str(folder.parent if folder.absolute().name == "checkpoints" else self.root)
         if not accumulates:
-            settings["grad_accum"] = shared_grad_accum(state["made_on"]["processes"], state["config"]["grad_accum"])
+            processes = state.get("made_on", {}).get("processes", 1)  # weights alone, refused later, don't say
+            settings["grad_accum"] = shared_grad_accum(processes, state["config"]["grad_accum"])
         return settings
 
     def resume(self, trainer) -> tuple[Path | None, list[str]]:
@@ -415,8 +416,8 @@ class Board:
             raise RunError(f"tensorboard doesn't work here ({e!r:.80}): leave --tensorboard out") from e
 
     def add_row(self, row: dict) -> None:
-        for key in ("loss", "avg_loss", "val_loss", "lr", "grad_norm", "tok_per_s"):
-            if row[key] != "":
+        for key in ("loss", "avg_loss", "val_loss", "lr", "grad_norm", "tok_per_s", "load_entropy", "busiest"):
+            if row.get(key, "") != "":
                 self.call("add_scalar", key, row[key], row["step"])
 
     def add_samples(self, texts: Sequence[tuple[str, str]], step: int) -> None:

@@ -379,7 +379,7 @@ def test_another_run_is_not_resumed_by_mistake(finished, changes, sentence):
     assert run.read_bytes() == before
 
 
-def test_best_pt_is_not_taken_for_last_pt(finished):
+def test_best_pt_is_not_taken_for_last_pt(finished, capsys):
     best = train.RunDirectory(finished["out_dir"]).best
-    with pytest.raises(UsageError, match=r"holds weights only: resume from the last.pt beside it"):
-        train.train(train.TrainConfig(**finished | {"steps": 50, "resume": str(best)}))
+    assert train.main(["--resume", str(best), "--steps", "50"]) == 2
+    assert capsys.readouterr().err == f"train.py: {best} holds weights only: resume from the last.pt beside it\n"

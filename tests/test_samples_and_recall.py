@@ -100,12 +100,9 @@ class Parrot(torch.nn.Module):
     def new_cache(self) -> None:
         return None
 
-    def hidden(self, idx: torch.Tensor, cache: None) -> torch.Tensor:
-        return idx[..., None]
-
-    def lm_head(self, hidden: torch.Tensor) -> torch.Tensor:
-        """Logits that are highest for what follows."""
-        return torch.nn.functional.one_hot(self.follows[hidden[..., 0]], 512).float()
+    def forward(self, idx: torch.Tensor, cache: None) -> tuple[torch.Tensor, None]:
+        """Logits of the last position, which are highest for what follows."""
+        return torch.nn.functional.one_hot(self.follows[idx[:, -1:]], 512).float(), None
 
 
 def recall(tokens: list[int], known: int = 0, every: int = 1) -> float | None:

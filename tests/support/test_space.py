@@ -68,5 +68,5 @@ def test_a_space_that_cannot_be_written_leaves_nothing(checkpoint, tmp_path, mon
     monkeypatch.setattr(space, "copy_run", full)
     capsys.readouterr()
     assert app.main(["--checkpoint", str(checkpoint), "--make_space", str(folder)]) == 1
-    assert capsys.readouterr().err == "app.py: No space left on device (best.pt)\n"
+    assert capsys.readouterr().err == "app.py: No space left on device (best.pt): make room, then try again\n"
     assert not list(tmp_path.iterdir())
