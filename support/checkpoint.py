@@ -21,6 +21,7 @@ FORMAT = 2  # raised when an older program couldn't read a newer file
 
 # In files from before these were settings.
 EARLIER_SETTINGS = {"optimizer": "adamw", "embed_lr": 0.0, "val_fraction": 0.0, "best_by": "train", "arch": "gpt2"}
+EARLIER_SETTINGS |= {"dataset": "", "val_dataset": "", "val_documents": 0, "text_field": "text", "avg_steps": 100}
 EARLIER_SETTINGS |= {"shift_windows": False, "n_expert": 7, "n_expert_active": 2, "expert_width": 0}
 
 
@@ -219,6 +220,7 @@ def shapes_of(weights: dict[str, torch.Tensor]) -> dict[str, torch.Size]:
 # Another value of one of these makes another run, which a checkpoint can't go on with.
 FIXED = ("block_size", "n_layer", "n_head", "n_embd", "dropout", "batch_size", "seq_len", "seed")
 FIXED = (*FIXED, "randomize_batches", "shift_windows", "optimizer", "val_fraction", "best_by")
+FIXED = (*FIXED, "text_field", "val_documents", "avg_steps")
 FIXED = (*FIXED, "arch", "n_expert", "n_expert_active", "expert_width")
 # These belong to one start and not to the run.
 PASSING = ("preset", "out_dir", "resume", "overwrite", "init_from", "input_file", "tokenizer", "cache_dir")

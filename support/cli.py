@@ -39,6 +39,10 @@ class RunError(Exception):
     """A fault while running: exit code 1."""
 
 
+class BetweenStepsError(RunError):
+    """A fault before a step began: what a checkpoint has is as the step before left it."""
+
+
 class DamagedError(RunError):
     """A checkpoint that isn't whole."""
 

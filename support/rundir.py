@@ -240,7 +240,12 @@ class RunDirectory:
 
 
 def start_problems(config) -> Iterator[tuple[str, str]]:
-    """Yields (settings, what to do about them) of what isn't there for a run: a device, a package, a folder, a text."""
+    """Yields (settings, what to do about them) of what keeps a run from starting: a device, a
+    package, a folder, a text that isn't there."""
+    if config.resume and config.overwrite:
+        yield "resume overwrite", "resume and overwrite exclude each other: give one of them"
+    if config.init_from and config.resume not in ("", "auto"):
+        yield "init_from resume", "init_from starts a run, and resume goes on with one: give one of them"
     if config.tensorboard and not importlib.util.find_spec("tensorboard"):
         yield "tensorboard", "tensorboard isn't installed: pip install tensorboard, or leave --tensorboard out"
     for problem in machine_problems(config.device, config.amp):
@@ -250,8 +255,13 @@ def start_problems(config) -> Iterator[tuple[str, str]]:
     else:
         for problem in RunDirectory(config.out_dir).problems(config.overwrite, config.resume):
             yield "out_dir", problem
-    for problem in input_problems(config.input_file):
-        yield "input_file", problem
+    if config.dataset or config.val_dataset or config.val_documents:
+        from support.stream import problems
+
+        yield from problems(config)
+    else:
+        for problem in input_problems(config.input_file):
+            yield "input_file", problem
     for problem in tokenizer_problems(config.tokenizer):
         yield "tokenizer", problem
 

@@ -130,7 +130,9 @@ class Documents:
     """The texts of a data set, epoch after epoch, or this process's share of them. Raises RunError for what can't be
     read, also after some time and new tries, and UsageError for a field that isn't there."""
 
-    def __init__(self, source: Source, splits: Sequence[str] = ("train",), seed: int | None = None, rank=0, processes=1):
+    def __init__(
+        self, source: Source, splits: Sequence[str] = ("train",), seed: int | None = None, rank=0, processes=1
+    ):
         """The first of `splits` that there is. By `seed` the shards of each epoch have an order of its own."""
         self.source = source
         self.seed = seed
@@ -253,10 +255,12 @@ def unreadable(source: Source, e: Exception, given_up: bool) -> str:
 class StreamedCorpus(Corpus):
     """What is known of a stream before training: its opening and, as `tokens`, its held-out documents."""
 
+    whole = "the held-out documents"
+
     source: Source | None = None
     held_out: frozenset[bytes] = frozenset()  # digests of the documents that aren't trained on
 
-    def split(self, fraction: float, tokenizer: Tokenizer) -> tuple[np.ndarray, np.ndarray]:
+    def split(self, config, tokenizer: Tokenizer) -> tuple[np.ndarray, np.ndarray]:
         return self.tokens[:0], self.tokens
 
     def batches(self, config, tokenizer: Tokenizer, runtime: Runtime) -> StreamBatcher:
@@ -270,7 +274,7 @@ class StreamedCorpus(Corpus):
         yield line
 
     def about(self) -> dict:
-        return {"file": self.path, "sha256": self.sha256, "tokens": None, "held_out": len(self.tokens)}
+        return {"file": self.path, "sha256": self.sha256, "tokens": None}
 
 
 def open_dataset(config) -> tuple[Tokenizer, StreamedCorpus]:
@@ -399,8 +403,11 @@ class StreamBatcher:
             ids = [*self.tokenizer.encode(text), self.tokenizer.end_of_text]
             parts.append(torch.tensor(ids, dtype=torch.int32))
             there += len(ids)
-            self.left = torch.cat(parts)
-        
+        self.left = torch.cat(parts)
+
+    def passes(self) -> float:
+        """How often this process has come to the end of its documents."""
+        return float(self.documents.epoch)
 
     def tokens_taken(self) -> int:
         return self.position * self.batch_tokens
@@ -409,7 +416,12 @@ class StreamBatcher:
         """Of all processes, which call it together."""
         mine = {**self.documents.state_dict(), "left": self.left.clone()}
         shares = self.runtime.gather(mine)
-        return {"position": self.position, "batch_tokens": self.batch_tokens, "averaged": self.averaged, "shares": shares}
+        return {
+            "position": self.position,
+            "batch_tokens": self.batch_tokens,
+            "averaged": self.averaged,
+            "shares": shares,
+        }
 
     def load_state_dict(self, state: dict) -> None:
         """Raises UsageError where other processes or another grad_accum would share the stream in another way."""

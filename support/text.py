@@ -365,6 +365,41 @@ class Corpus:
     tokens: np.ndarray  # ids (N,) uint16, mapped into memory from the cache: what is read of them is there
     notes: tuple[str, ...] = ()
 
+    whole = "the whole corpus"  # what final_loss is of
+
+    def split(self, config, tokenizer: Tokenizer) -> tuple[np.ndarray, np.ndarray]:
+        """(tokens to train on, held-out tokens). Raises UsageError for too few of these."""
+        cut = held_out_from(self.tokens, config.val_fraction, tokenizer)
+        held_out = self.tokens[cut:]
+        if config.val_fraction and len(held_out) <= config.seq_len:
+            raise UsageError(
+                f"val_fraction {config.val_fraction} holds out {len(held_out)} tokens, and one window takes"
+                f" {config.seq_len + 1}: give a larger --val_fraction, or a shorter --seq_len"
+            )
+        return self.tokens[:cut], held_out
+
+    def describe(self, batcher, held_out) -> Iterator[str]:
+        """Lines for the log; of train.py's batches to train on and held-out ones."""
+        yield f"Corpus: {self.path}, {self.characters:,} characters; " + "; ".join(self.notes)
+        tokens = f"Tokens: {len(self.tokens):,} in {batcher.n_batches:,} batches a pass"
+        if held_out:
+            tokens += f", and the last {len(held_out.tokens):,} held out"
+        yield tokens
+
+    def about(self) -> dict:
+        """For run.json."""
+        return {"file": self.path, "sha256": self.sha256, "tokens": len(self.tokens)}
+
+
+def open_corpus(config, write_cache: bool = True) -> tuple[Tokenizer, Corpus]:
+    """The tokenizer, and the text or the stream to train on. `config` is train.py's TrainConfig. Raises UsageError,
+    of a stream also RunError."""
+    if config.dataset:
+        from support.stream import open_dataset
+
+        return open_dataset(config)
+    return load_text(config.input_file, config.tokenizer, config.cache_dir, write_cache)
+
 
 def load_text(
     given: str | Sequence[str], tokenizer_name: str, cache_dir: str = "", write_cache: bool = True
@@ -540,6 +575,14 @@ def too_short(tokens: int, batch_size: int, seq_len: int) -> str:
         f"the text has {tokens:,} tokens, and one batch of batch_size {batch_size} x seq_len {seq_len} needs"
         f" {batch_size * seq_len + 1:,}: use a longer text, or {fits}"
     )
+
+
+def prompts_of(corpus: Corpus, tokenizer: Tokenizer, config) -> list[str]:
+    """The prompts of a run's samples."""
+    prompt = config.prompt or "\n"
+    if prompt == type(config).prompt and not tokenizer.knows(prompt):
+        prompt = ""  # nobody asked for it
+    return draw_prompts(corpus.text, prompt, config.num_prompts, config.seed)
 
 
 def draw_prompts(text: str, prompt: str, count: int, seed: int) -> list[str]:
