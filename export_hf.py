@@ -185,8 +185,7 @@ CARD = """---
 
 {kind} with {parameters:,} parameters, {how}: step {step:,} of its run{loss}.
 
-A loss near 0.1 on the text of training means that the model has learned this text **by heart**. It recites; it is no
-general model of the language, and its loss on any other text is far higher.
+{about}
 
 ## Use
 
@@ -201,6 +200,11 @@ print(write({prompt!r}, max_new_tokens=100, do_sample=True, temperature=0.9, top
 
 {results}
 """
+BY_HEART = """A loss near 0.1 on the text of training means that the model has learned this text **by heart**. It
+recites; it is no general model of the language, and its loss on any other text is far higher."""
+STREAMED = (
+    """It read documents as they came, one after the other. `val_loss`, where there is one, is its loss on others."""
+)
 RESULTS = """<!--AUTO:SUMMARY:START-->
 <!--AUTO:SUMMARY:END-->
 
@@ -215,9 +219,11 @@ def write_card(folder: Path, title: str, checkpoint: dict, parameters: int, run_
     """README.md: what the model is, and the results of its run. Raises ReadmeError for a run that can't be read."""
     origin = checkpoint.get("origin")
     arch = checkpoint["config"]["arch"]
-    how = "trained from scratch by `train.py` on one text, without any pretrained weights"
+    stream = checkpoint["config"].get("dataset")
+    read = f"on the documents of {code(stream)}" if stream else "on one text"
+    how = f"trained from scratch by `train.py` {read}, without any pretrained weights"
     if origin:
-        how = f"trained further by `train.py` on one text, from the weights in {code(origin)}"
+        how = f"trained further by `train.py` {read}, from the weights in {code(origin)}"
     text = CARD.format(
         header=header(title, [arch, "fine-tuned" if origin else "from-scratch"]),
         title=title,
@@ -226,6 +232,7 @@ def write_card(folder: Path, title: str, checkpoint: dict, parameters: int, run_
         how=how,
         step=checkpoint["step"],
         loss=loss_of(checkpoint, run_dir),
+        about=STREAMED if stream else BY_HEART,
         prompt=checkpoint["config"].get("prompt") or "\n",
         results=RESULTS if run_dir else "The run directory wasn't there when this card was written.",
     )

@@ -81,7 +81,7 @@ def how_it_ended(run: Run) -> str:
 
 def losses(run: Run) -> Iterator[str]:
     """The best and the last, each with its step."""
-    remarks = {"loss": "", "avg_loss": " (a full pass)", "val_loss": ""}
+    remarks = {"loss": "", "avg_loss": f" ({run.averaged_over()})", "val_loss": ""}
     if run.measure() == "avg_loss":
         remarks["loss"] = " (one step)"
     for key, remark in remarks.items():
@@ -95,7 +95,7 @@ def losses(run: Run) -> Iterator[str]:
 
 
 def final_loss(run: Run) -> str:
-    """Was the target met? Only the proof over the whole text, final_loss, can tell."""
+    """Was the target met? Only the proof, final_loss, can tell."""
     target = run.target_loss()
     final = run.number("final_loss")
     if final is not None:

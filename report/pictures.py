@@ -160,7 +160,7 @@ def describe_comparison(run: Run) -> str:
 def series(run: Run, key: str, over: str = "step") -> tuple[list[float], list[float]]:
     """(steps, values) of a column, as many as can be told apart in the picture; avg_loss from the first full pass on.
 
-    Before that it is no mean over the text, and the key says that it is."""
+    Before that it is no mean over what the key says."""
     least = 0 if key == "lr" else TINY
     rows = run.with_figure(key)
     steps = []
@@ -176,7 +176,7 @@ def series(run: Run, key: str, over: str = "step") -> tuple[list[float], list[fl
 
 def draw_losses(axes, run: Run) -> None:
     measure = run.measure()
-    lines = [("avg_loss", "avg_loss (a full pass)", LOSS), ("val_loss", "val_loss (held out)", HELD_OUT)]
+    lines = [("avg_loss", f"avg_loss ({run.averaged_over()})", LOSS), ("val_loss", "val_loss (held out)", HELD_OUT)]
     if measure == "loss":
         lines.insert(0, ("loss", "loss", LOSS))
     else:
