@@ -22,6 +22,8 @@ Exit codes: 0 stopped by Ctrl-C, or the Space is written; 1 the port or a file c
 
 from __future__ import annotations
 
+from support import cli  # isort: skip  # first, so that Ctrl-C in the seconds of importing is one line
+
 import argparse
 import contextlib
 import html
@@ -36,7 +38,6 @@ import gradio as gr
 from report import blocks, pictures
 from report.markdown import code, plain
 from report.run import ReadmeError, read_run
-from support import cli
 from support.cli import RunError, UsageError
 from support.door import door, is_read
 from support.hub import add_hub_flags, hub_problems, push_folder

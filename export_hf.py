@@ -23,6 +23,8 @@ Exit codes: 0 written, 1 a file that can't be read or written, 2 unusable flags.
 
 from __future__ import annotations
 
+from support import cli  # isort: skip  # first, so that Ctrl-C in the seconds of importing is one line
+
 import argparse
 import contextlib
 import json
@@ -38,7 +40,7 @@ import torch
 import update_readme
 from report.markdown import code
 from report.run import ReadmeError
-from support import cli
+from support import deepseek
 from support.checkpoint import load_model
 from support.cli import RunError, UsageError
 from support.files import whole_folder
@@ -70,7 +72,7 @@ def write_json(path: Path, content: dict) -> None:
 # ======== The model ===================================================================================================
 
 
-def hf_config(model_config: dict, end_of_text: int | None) -> dict:
+def gpt2_config(model_config: dict, end_of_text: int | None) -> dict:
     """config.json of a GPTConfig."""
     shape = {name: model_config[name] for name in ("n_layer", "n_head", "n_embd", "vocab_size")}
     return {
@@ -89,6 +91,16 @@ def hf_config(model_config: dict, end_of_text: int | None) -> dict:
     }
 
 
+def gpt2_weights(model: torch.nn.Module) -> dict[str, torch.Tensor]:
+    # named_parameters has the tied head once
+    return {name: transposed(name, p.detach()) for name, p in model.named_parameters()}
+
+
+# What makes config.json, and the weights by their names there, for each architecture.
+LAYOUTS = {"gpt2": (gpt2_config, gpt2_weights), "mla_moe": (deepseek.hf_config, deepseek.hf_weights)}
+KINDS = {"gpt2": "GPT-2", "mla_moe": "A small DeepSeek-V3"}  # for the model card
+
+
 def hf_generation(config: dict, end_of_text: int | None) -> dict:
     """generation_config.json: text is drawn as the run drew its samples."""
     tokens = dict.fromkeys(("bos_token_id", "eos_token_id", "pad_token_id"), end_of_text)
@@ -97,9 +109,8 @@ def hf_generation(config: dict, end_of_text: int | None) -> dict:
     return tokens | {"do_sample": True, "temperature": config["temperature"], "top_k": config.get("top_k", 0)}
 
 
-def write_weights(folder: Path, model: torch.nn.Module, dtype: torch.dtype) -> None:
-    # named_parameters has the tied head once
-    tensors = {name: transposed(name, p.detach()).to(dtype) for name, p in model.named_parameters()}
+def write_weights(folder: Path, tensors: dict[str, torch.Tensor], dtype: torch.dtype) -> None:
+    tensors = {name: tensor.to(dtype) for name, tensor in tensors.items()}
     size = sum(t.numel() * t.element_size() for t in tensors.values())
     print(f"Writing {size / 1e6:,.0f} MB of weights ...", flush=True)
     path = folder / "model.safetensors"
@@ -161,7 +172,7 @@ CARD = """---
 
 # {title}
 
-GPT-2 with {parameters:,} parameters, {how}: step {step:,} of its run{loss}.
+{kind} with {parameters:,} parameters, {how}: step {step:,} of its run{loss}.
 
 A loss near 0.1 on the text of training means that the model has learned this text **by heart**. It recites; it is no
 general model of the language, and its loss on any other text is far higher.
@@ -192,12 +203,14 @@ RESULTS = """<!--AUTO:SUMMARY:START-->
 def write_card(folder: Path, title: str, checkpoint: dict, parameters: int, run_dir: Path | None) -> None:
     """README.md: what the model is, and the results of its run. Raises ReadmeError for a run that can't be read."""
     origin = checkpoint.get("origin")
+    arch = checkpoint["config"]["arch"]
     how = "trained from scratch by `train.py` on one text, without any pretrained weights"
     if origin:
         how = f"trained further by `train.py` on one text, from the weights in {code(origin)}"
     text = CARD.format(
-        header=header(title, "fine-tuned" if origin else "from-scratch"),
+        header=header(title, [arch, "fine-tuned" if origin else "from-scratch"]),
         title=title,
+        kind=KINDS[arch],
         parameters=parameters,
         how=how,
         step=checkpoint["step"],
@@ -212,13 +225,13 @@ def write_card(folder: Path, title: str, checkpoint: dict, parameters: int, run_
         update_readme.write(changes)
 
 
-def header(title: str, kind: str) -> str:
+def header(title: str, tags: list[str]) -> str:
     """What huggingface.co reads of a card."""
     data = huggingface_hub.ModelCardData(
         language="en",
         library_name="transformers",
         pipeline_tag="text-generation",
-        tags=["gpt2", kind],
+        tags=tags,
         model_name=title,
     )
     return data.to_yaml()
@@ -253,13 +266,14 @@ def export(path: Path, folder: Path, dtype: str, title: str) -> None:
     # whole, with its checksums: this copy may be all that is kept
     model, tokenizer, checkpoint = load_model(path, ARCHITECTURES, lazy=False)
     parameters = sum(p.numel() for p in model.parameters())
+    hf_config, hf_weights = LAYOUTS[checkpoint["config"]["arch"]]
     round_weights(model, dtype)
     stored = DTYPES[dtype]
     with whole_folder(folder) as part:
         config = hf_config(checkpoint["model_config"], tokenizer.end_of_text)
         write_json(part / "config.json", config | {"dtype": str(stored).removeprefix("torch.")})
         write_json(part / "generation_config.json", hf_generation(checkpoint["config"], tokenizer.end_of_text))
-        write_weights(part, model, stored)
+        write_weights(part, hf_weights(model), stored)
         write_tokenizer(part, tokenizer, model.config.block_size)
         write_card(part, title, checkpoint, parameters, run_around(path))
     if tokenizer.name == "char":  # an earlier export's, of which this tokenizer has no such file

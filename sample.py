@@ -20,6 +20,8 @@ Exit codes: 0 written, 1 the checkpoint can't be used, 2 unusable flags, 130 sto
 
 from __future__ import annotations
 
+from support import cli  # isort: skip  # first, so that Ctrl-C in the seconds of importing is one line
+
 import argparse
 import contextlib
 import dataclasses
@@ -30,7 +32,6 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from support import cli
 from support.cli import UsageError
 from support.inference import BOUNDS, Request, Writer
 from support.machine import machine_problems

@@ -49,7 +49,7 @@ def make_space(checkpoint: Path, folder: Path, architectures: dict, dtype: str =
 
 def copy_program(folder: Path) -> None:
     """What the page runs on, and the packages that this needs."""
-    for name in ("app.py", "train.py", "LICENSE"):
+    for name in ("app.py", "train.py", "mla_moe.py", "LICENSE"):
         shutil.copyfile(ROOT / name, folder / name)
     for name in ("support", "report"):
         shutil.copytree(ROOT / name, folder / name, ignore=shutil.ignore_patterns("__pycache__"))
