@@ -46,7 +46,7 @@ from support.cli import RunError, UsageError
 from support.files import whole_folder
 from support.hub import add_hub_flags, hub_problems, push_folder
 from support.pretrained import transposed
-from support.rounding import DTYPES, add_dtype_flag, round_weights
+from support.rounding import DTYPES, add_dtype_flag, round_weights, stored_as
 from support.rundir import RunDirectory, chosen_checkpoint, run_around
 from support.text import END_OF_TEXT, Tokenizer, packaged_folder
 from train import ARCHITECTURES
@@ -109,8 +109,7 @@ def hf_generation(config: dict, end_of_text: int | None) -> dict:
     return tokens | {"do_sample": True, "temperature": config["temperature"], "top_k": config.get("top_k", 0)}
 
 
-def write_weights(folder: Path, tensors: dict[str, torch.Tensor], dtype: torch.dtype) -> None:
-    tensors = {name: tensor.to(dtype) for name, tensor in tensors.items()}
+def write_weights(folder: Path, tensors: dict[str, torch.Tensor]) -> None:
     size = sum(t.numel() * t.element_size() for t in tensors.values())
     print(f"Writing {size / 1e6:,.0f} MB of weights ...", flush=True)
     path = folder / "model.safetensors"
@@ -286,12 +285,11 @@ def export(path: Path, folder: Path, dtype: str, title: str) -> None:
     parameters = sum(p.numel() for p in model.parameters())
     hf_config, hf_weights = LAYOUTS[checkpoint["config"]["arch"]]
     round_weights(model, dtype)
-    stored = DTYPES[dtype]
     with whole_folder(folder) as part:
         config = hf_config(checkpoint["model_config"], tokenizer.end_of_text)
-        write_json(part / "config.json", config | {"dtype": str(stored).removeprefix("torch.")})
+        write_json(part / "config.json", config | {"dtype": str(DTYPES[dtype]).removeprefix("torch.")})
         write_json(part / "generation_config.json", hf_generation(checkpoint["config"], tokenizer.end_of_text))
-        write_weights(part, hf_weights(model), stored)
+        write_weights(part, stored_as(dtype, hf_weights(model), model))
         write_tokenizer(part, tokenizer, model.config.block_size)
         write_card(part, title, checkpoint, parameters, run_around(path))
     if tokenizer.name != "gpt2":  # an earlier export's, of which this tokenizer has no such file
