@@ -102,8 +102,10 @@ class Change:
         if self.old is None:
             return
         about = self.target().stat()
-        if not about.st_mode & 0o222 or not os.access(self.target(), os.W_OK):
+        if not about.st_mode & 0o222:
             raise ReadmeError(f"{self.path} is write-protected: chmod u+w {shlex.quote(str(self.path))} permits it")
+        if not os.access(self.target(), os.W_OK):
+            raise ReadmeError(f"{self.path} can't be written: it is another user's, or the disk is read-only")
         if about.st_nlink > 1:
             remedy = "put a copy in its place, which is a file of its own"
             raise ReadmeError(f"{self.path} has other names (hard links), which would keep the old text: {remedy}")

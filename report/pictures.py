@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import logging
 import math
 import os
 import re
@@ -80,6 +81,7 @@ def picture(draw: Callable, title: str) -> bytes:
 
     It brings its own background, so that it is legible on any page, and turns dark where the reader prefers that."""
     os.environ["MPLBACKEND"] = "svg"  # a notebook leaves the name of one that isn't there
+    logging.getLogger("matplotlib").setLevel(logging.ERROR)  # in a read-only home it tells at length where its cache is
     try:
         import matplotlib
         from matplotlib.backends.backend_svg import FigureCanvasSVG

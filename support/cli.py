@@ -21,7 +21,10 @@ from dataclasses import dataclass, field
 STOP_SIGNALS = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGBREAK") if hasattr(signal, name)]
 DEVICES = ("auto", "cpu", "cuda", "mps")
 PRECISIONS = ("auto", "fp16", "bf16", "off")
-DISK_FULL = (errno.ENOSPC, errno.EDQUOT)
+REMEDIES = {  # of faults of a disk
+    **dict.fromkeys((errno.ENOSPC, errno.EDQUOT), ": make room, then try again"),
+    **dict.fromkeys((errno.EACCES, errno.EPERM, errno.EROFS), ": change its permissions, or name another place"),
+}
 
 
 # ---- errors ----
@@ -76,8 +79,7 @@ def run_program(
         else:
             raise
     except OSError as e:
-        remedy = ": make room, then try again" if e.errno in DISK_FULL else ""
-        say(name, f"{e.strerror or e} ({e.filename or 'no file named'}){remedy}")
+        say(name, f"{e.strerror or e} ({e.filename or 'no file named'}){REMEDIES.get(e.errno, '')}")
     except KeyboardInterrupt:
         say(name, "interrupted")
         return 128 + signal.SIGINT

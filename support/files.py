@@ -195,7 +195,11 @@ def whole_folder(folder: Path):
     folder = folder.resolve()
     part = part_beside(folder.with_name(f".{folder.name}"))
     remove(part)
-    part.mkdir(parents=True)
+    try:
+        part.mkdir(parents=True)
+    except OSError as e:
+        e.filename = str(folder)  # what was asked for, and not what nobody has heard of
+        raise
     try:
         with naming(folder):
             yield part
