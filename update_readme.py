@@ -15,7 +15,7 @@ Exit codes: 0 written or already current, 1 broken markers (file:line), a run or
 
 from __future__ import annotations
 
-from support import interrupt  # isort: skip  # first, so that Ctrl-C in the seconds of importing is one line
+from support import importing  # isort: skip  # first, so that Ctrl-C in the seconds of importing is one line
 
 import argparse
 import contextlib
@@ -354,13 +354,15 @@ def build_parser() -> argparse.ArgumentParser:
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs the command line and returns the exit code; faults are one sentence each, on stderr."""
     args = build_parser().parse_args(argv)
-    interrupt.hand_over()
+    importing.hand_over()
     try:
         return update(args)
     except ReadmeError as e:
         say(str(e), to=sys.stderr)
     except OSError as e:
         say(f"update_readme.py: {e.strerror or e} ({e.filename or 'no file named'})", to=sys.stderr)
+    except MemoryError:
+        say("update_readme.py: the memory is full: stop other programs", to=sys.stderr)
     except KeyboardInterrupt:
         say("update_readme.py: interrupted", to=sys.stderr)
         return 130

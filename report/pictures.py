@@ -86,8 +86,9 @@ def picture(draw: Callable, title: str) -> bytes:
         import matplotlib
         from matplotlib.backends.backend_svg import FigureCanvasSVG
         from matplotlib.figure import Figure
-    except ImportError:
-        raise ReadmeError("CURVE and COMPARE need matplotlib: pip install -r requirements.txt") from None
+    except ImportError as e:
+        why = str(e).strip().splitlines()[-1]
+        raise ReadmeError(f"CURVE and COMPARE need matplotlib ({why}): pip install -r requirements.txt") from None
     # Text stays text and ids depend on nothing but the drawing, so that no font and no clock gets into the file.
     style = {"svg.fonttype": "none", "svg.hashsalt": "curve", "font.family": "sans-serif", "font.size": 10}
     with matplotlib.rc_context({**matplotlib.rcParamsDefault, **style}):

@@ -294,6 +294,17 @@ def test_usage_errors(run_dir, tmp_path, capsys):
     assert e.value.code == 2
 
 
+def test_a_full_memory_is_one_line(run_dir, tmp_path, monkeypatch, capsys):
+    write_readme(tmp_path, "SUMMARY")
+
+    def full(*_):
+        raise MemoryError
+
+    monkeypatch.setattr(update_readme, "read_run", full)
+    assert update() == 1
+    assert capsys.readouterr().err == "update_readme.py: the memory is full: stop other programs\n"
+
+
 def test_ctrl_c_is_one_line_and_changes_nothing(run_dir, tmp_path, monkeypatch, capsys):
     readme = write_readme(tmp_path, "SUMMARY", "CURVE")
     before = readme.read_bytes()
@@ -319,7 +330,7 @@ def test_it_imports_neither_torch_nor_train_py(run_dir, tmp_path):
     loaded = done.stdout.splitlines()[-1].split()
     assert "report.pictures" in loaded
     shared = [name for name in loaded if name.split(".")[0] in ("torch", "train", "support")]
-    assert shared == ["support", "support.interrupt"]  # which is about Ctrl-C alone
+    assert shared == ["support", "support.importing"]  # which is about starting a program, and of no run
 
 
 def test_the_readme_of_this_project_is_current(monkeypatch):

@@ -152,7 +152,7 @@ def test_settings_that_are_unsound_by_themselves_are_not_compared():
 
 
 NOT_HERE = "change its permissions, or name another place"
-NO_THREADS = "no more threads can be started here: stop other programs, or raise the limit (ulimit -u)"
+NO_THREADS = "no more threads can be started here: stop other programs, or raise the limits (ulimit -u, -v)"
 
 
 def raising(error: BaseException):
