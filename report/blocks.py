@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 from datetime import datetime
 
@@ -17,6 +18,8 @@ LOG_STEPS = 5  # evenly spaced, the first and the last among them
 LOG_CLOSING = 3  # lines behind the last step
 LOG_LINES = LOG_OPENING + LOG_STEPS + LOG_CLOSING  # in all, at most; a log that has no more is shown whole
 LOG_CHARACTERS = 300  # of a line
+GPT2_SETTINGS = {"block_size", "n_layer", "n_head", "n_embd", "tokenizer"}  # other programs have other models
+MODEL_HEADER = ("Model and training", "")
 LOSSES = ("loss", "avg_loss", "val_loss")
 
 
@@ -130,6 +133,66 @@ def figure(row: Row, key: str) -> str:
     if key not in row:
         return ""
     return format(row[key], FORMATS[key])
+
+
+# ---- MODEL ----
+
+
+def model(run: Run) -> str:
+    """What the model is, its size, and what it was trained on."""
+    settings = run.settings()
+    rows = []
+    for what, value in sizes(run, settings).items():
+        if value:
+            rows.append([what, f"{value:,.0f}"])
+    for what, name in {"Tokenizer": "tokenizer", "Optimizer": "optimizer"}.items():
+        if isinstance(settings.get(name), str):
+            rows.append([what, code(settings[name])])
+    if not rows:
+        return "It is not on record what the model is."
+    return f"{what_it_is(run, settings)}\n\n{table(MODEL_HEADER, rows)}"
+
+
+def what_it_is(run: Run, settings: dict) -> str:
+    """A sentence; and one more where the architecture is known to be GPT-2's."""
+    corpus = run.part("corpus").get("file", settings.get("input_file"))
+    origin = run.text("origin")
+    text = "This model was trained"
+    if "origin" in run.record and not origin:
+        text += " from scratch"
+    if isinstance(corpus, str):
+        text += f" on {code(corpus)}"
+    if origin:
+        text += f", beginning with the weights in {code(origin)}"
+    text += "."
+    if settings.get("arch", "gpt2") == "gpt2" and settings.keys() >= GPT2_SETTINGS:
+        text += (
+            " It is a GPT-2: a transformer that reads the tokens so far and gives a probability to each token that may"
+            " come next. In each of its blocks, attention and an MLP add to what is known of a token. The head uses the"
+            " matrix of the token embedding again."
+        )
+    return text
+
+
+def sizes(run: Run, settings: dict) -> dict[str, float | None]:
+    """{what: how many}, None where that isn't on record."""
+    batch = [finite(settings.get(name)) for name in ("batch_size", "seq_len", "grad_accum")]
+    processes = run.number("processes")
+    tokens_per_step = None
+    if processes and None not in batch:
+        tokens_per_step = math.prod(batch) * processes
+    corpus = run.part("corpus")
+    return {
+        "Parameters": run.number("parameters"),
+        "Blocks": finite(settings.get("n_layer")),
+        "Attention heads in a block": finite(settings.get("n_head")),
+        "Width": finite(settings.get("n_embd")),
+        "Context, tokens": finite(settings.get("block_size")),
+        "Window in training, tokens": finite(settings.get("seq_len")),
+        "Tokens in a step": tokens_per_step,
+        "Tokens of the text": finite(corpus.get("tokens")),
+        "of which are held out": finite(corpus.get("held_out")),
+    }
 
 
 # ---- METRICS ----

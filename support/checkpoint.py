@@ -20,8 +20,8 @@ from support.text import Corpus, Tokenizer, saved_tokenizer
 FORMAT = 2  # raised when an older program couldn't read a newer file
 
 # In files from before these were settings.
-EARLIER_SETTINGS = {"optimizer": "adamw", "embed_lr": 0.0, "val_fraction": 0.0, "best_by": "train"}
-EARLIER_SETTINGS["shift_windows"] = False
+EARLIER_SETTINGS = {"optimizer": "adamw", "embed_lr": 0.0, "val_fraction": 0.0, "best_by": "train", "arch": "gpt2"}
+EARLIER_SETTINGS |= {"shift_windows": False, "n_expert": 7, "n_expert_active": 2, "expert_width": 0}
 
 
 def save_checkpoint(path: Path, content: dict, previous: Path | None = None, spare: Path | None = None) -> None:
@@ -112,7 +112,7 @@ def check_archive(path: str | Path, lazy: bool) -> None:
 def check_content(path: str | Path, content: dict) -> None:
     """Raises RunError for what can't be in a checkpoint, before anything is computed with it or sized by it."""
     given = content["config"] | content
-    for name in ("origin", "prompt", "architecture"):
+    for name in ("origin", "prompt", "arch"):
         if not isinstance(given.get(name) or "", str):
             raise damaged(path, f"its {name} is no text")
     for name in ("step", "loss", "temperature", "top_k"):
@@ -183,17 +183,15 @@ def progress_of_format_1(content: dict) -> dict:
 
 
 def load_model(path: str | Path, architectures: dict, lazy: bool = True) -> tuple[nn.Module, Tokenizer, dict]:
-    """(the model, its tokenizer, all that the checkpoint holds). `architectures` has what makes a model, by name.
+    """(the model, its tokenizer, all that the checkpoint holds). `architectures` is train.py's.
 
     Raises RunError for a checkpoint that can't be used, UsageError where its tokenizer isn't installed."""
     checkpoint = load_checkpoint(path, lazy)
     try:
-        make = architectures[checkpoint["config"].get("architecture", "gpt2")]
-        shape = checkpoint["model_config"]
-        if shape["n_layer"] > len(checkpoint["model"]):
+        make, model_config = architectures[checkpoint["config"]["arch"]]()
+        shape = model_config(**checkpoint["model_config"])
+        if shape.n_layer > len(checkpoint["model"]):
             raise ValueError("it has fewer weights than layers")
-        if shape["n_head"] < 1 or shape["n_embd"] % shape["n_head"]:
-            raise ValueError("its width isn't divisible by its heads")
         with machine.outline():
             sketch = make(shape)
         if shapes_of(sketch.state_dict()) != shapes_of(checkpoint["model"]):
@@ -221,6 +219,7 @@ def shapes_of(weights: dict[str, torch.Tensor]) -> dict[str, torch.Size]:
 # Another value of one of these makes another run, which a checkpoint can't go on with.
 FIXED = ("block_size", "n_layer", "n_head", "n_embd", "dropout", "tokenizer", "batch_size", "seq_len", "seed")
 FIXED = (*FIXED, "randomize_batches", "shift_windows", "optimizer", "val_fraction", "best_by")
+FIXED = (*FIXED, "arch", "n_expert", "n_expert_active", "expert_width")
 # These belong to one start and not to the run.
 PASSING = ("preset", "out_dir", "resume", "overwrite", "init_from", "input_file", "cache_dir")
 

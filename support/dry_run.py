@@ -8,22 +8,20 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from support.cli import duration
-from support.machine import memory_needs, memory_of
+from support.machine import memory_needs, memory_of, saved_bytes
 
 
-def describe(trainer, last_pt_bytes: int) -> Iterator[str]:
+def describe(trainer) -> Iterator[str]:
     """Yields it in lines, the last one after two steps. Writes nothing. `trainer` is train.py's Trainer."""
     config = trainer.config
     device = trainer.runtime.device
     parameters = sum(p.numel() for p in trainer.model.parameters())
     yield f"Device: {trainer.runtime.describe_device()}, {trainer.runtime.describe_precision()}"
     yield f"Parameters: {parameters:,}"
-    tokens = config.batch_size * config.seq_len
-    activations = trainer.model.activation_bytes(tokens, trainer.runtime.amp_dtype is not None, config.grad_checkpoint)
-    needed = sum(memory_needs(trainer.runtime, parameters, last_pt_bytes, activations).values())
+    needed = sum(memory_needs(trainer.runtime, trainer.model, config).values())
     there = memory_of(device)
     yield f"Memory: at least {needed / 1e9:.1f} GB; there are {there / 1e9:.1f} GB" if there else "Memory: unknown"
-    checkpoints = 2 * last_pt_bytes + 4 * parameters
+    checkpoints = 2 * saved_bytes(trainer.model, config.optimizer) + 4 * parameters
     free = shutil.disk_usage(existing_folder(config.out_dir)).free
     yield f"Disk: {checkpoints / 1e9:.2f} GB for last.pt, previous.pt and best.pt; {free / 1e9:.1f} GB are free"
     total = config.steps * trainer.tokens_per_step

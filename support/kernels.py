@@ -129,14 +129,15 @@ def polynomial(gram: torch.Tensor, a: float, b: float, c: float) -> torch.Tensor
 
 
 def updates_here(matrices: Sequence, direction: Callable, dtype: torch.dtype) -> Iterator[tuple]:
-    """Yields (matrix, its orthogonalized direction, by products in `dtype`). Those of one shape are worked on together:
-    a GPU would wait longer for the next small product than it works on it."""
+    """Yields (matrix or stack of them, its orthogonalized direction, by products in `dtype`). Those of one shape are
+    worked on together: a GPU would wait longer for the next small product than it works on it."""
     stacks = collections.defaultdict(list)
     for p in matrices:
         stacks[p.shape].append(p)
     for stack in stacks.values():
         directions = torch.stack([direction(p) for p in stack])
-        yield from zip(stack, orthogonalized(directions, dtype), strict=True)
+        updates = orthogonalized(directions.flatten(0, -3), dtype)  # of a stack, each matrix by itself
+        yield from zip(stack, updates.view_as(directions), strict=True)
 
 
 class Muon(torch.optim.Optimizer):
@@ -144,8 +145,8 @@ class Muon(torch.optim.Optimizer):
     2025, section 2.2), so that the usual learning rates do."""
 
     def __init__(self, params, dtype: torch.dtype, updates: Callable = updates_here, **options):
-        """params: matrices, or groups of them; options: lr, momentum and weight_decay. Several processes share the work
-        by `updates` of theirs."""
+        """params: matrices or stacks of them (N, rows, columns), such as experts', or groups of both; options: lr,
+        momentum and weight_decay. Several processes share the work by `updates` of theirs."""
         super().__init__(params, options)
         self.dtype = dtype
         self.updates = updates
@@ -159,7 +160,7 @@ class Muon(torch.optim.Optimizer):
             direction = functools.partial(self.direction, momentum=group["momentum"])
             for p, update in self.updates(matrices, direction, self.dtype):
                 p.mul_(1 - group["lr"] * group["weight_decay"])
-                p.add_(update, alpha=-group["lr"] * 0.2 * math.sqrt(max(p.shape)))
+                p.add_(update, alpha=-group["lr"] * 0.2 * math.sqrt(max(p.shape[-2:])))
 
     def remember(self, p: torch.Tensor, momentum: float) -> None:
         """The average of the gradients."""

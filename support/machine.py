@@ -29,26 +29,16 @@ from support.kernels import updates_here
 class Alone:
     """Where the processes of a run meet before it begins: for one that has no others."""
 
+    world_size = 1
+
     def agreed(self, make: Callable):
         """The settings that `make` returns, when all processes have come this far and have the same. Raises UsageError
         or RunError."""
         return make()
 
-    def join(self, alone: Runtime, settings) -> Runtime:
-        """The Runtime of a process among the others."""
-        return alone
-
     def say(self, name: str, sentence: str) -> None:
         """A sentence on stderr. Of several processes only one says it."""
         say(name, sentence)
-
-
-def meet() -> Alone:
-    if int(os.environ.get("WORLD_SIZE", 1)) == 1:
-        return Alone()
-    from support.processes import Meeting
-
-    return Meeting()
 
 
 @dataclass
@@ -328,10 +318,19 @@ def memory_of(device: torch.device) -> int | None:
     return min(found, default=None)
 
 
-def memory_needs(runtime: Runtime, parameters: int, saved: int, activations: int) -> dict[str, int]:
-    """What training takes at least, in bytes, by what for: `saved` is of what last.pt holds, `activations` of what is
-    kept for the gradients."""
-    fixed = (saved + 4 * parameters) // runtime.parts
+def saved_bytes(model: nn.Module, optimizer: str) -> int:
+    """Of last.pt: in fp32 the weights, and for each of them two averages of AdamW or one of Muon."""
+    parameters = sum(p.numel() for p in model.parameters())
+    by_muon = sum(p.numel() for p in model.parameter_groups()["matrices"]) if optimizer == "muon" else 0
+    return 12 * parameters - 4 * by_muon
+
+
+def memory_needs(runtime: Runtime, model: nn.Module, settings) -> dict[str, int]:
+    """What training takes at least, in bytes, by what for. An outline of the model will do."""
+    saved = saved_bytes(model, settings.optimizer)
+    fixed = (saved + 4 * sum(p.numel() for p in model.parameters())) // runtime.parts
+    tokens = settings.batch_size * settings.seq_len
+    activations = model.activation_bytes(tokens, runtime.amp_dtype is not None, settings.grad_checkpoint)
     needs = {"weights, gradients and optimizer": fixed, "activations": activations}
     if runtime.device.type == "cpu":
         needs["the copy that is written as last.pt"] = saved // runtime.parts  # of a model in parts, one process has it
@@ -354,17 +353,18 @@ def outline():
         yield
 
 
-def check_memory(runtime: Runtime, parameters: int, saved: int, activations: int) -> None:
+def check_memory(runtime: Runtime, model: nn.Module, settings) -> None:
     """Raises UsageError where training clearly can't fit (see memory_needs), or where its checkpoint, which the first
     process gathers of a model in parts, doesn't fit into that one's memory."""
-    check_host_memory(runtime, saved)
+    check_host_memory(runtime, saved_bytes(model, settings.optimizer))
     has = memory_of(runtime.device)
-    needs = memory_needs(runtime, parameters, saved, activations)
+    needs = memory_needs(runtime, model, settings)
     processes = int(os.environ.get("LOCAL_WORLD_SIZE", 1)) if runtime.device.type == "cpu" else 1
     needed = processes * sum(needs.values())
     if not has or needed <= has:
         return
-    fixed = needed - processes * activations
+    parameters = sum(p.numel() for p in model.parameters())
+    fixed = needed - processes * needs["activations"]
     remedy = "lower --batch_size or --seq_len, or add --grad_checkpoint"
     if fixed > 0.9 * has:
         most = 0.9 * has / fixed * parameters

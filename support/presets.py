@@ -83,6 +83,29 @@ PRESETS: dict[str, dict] = {
     "gpt2-medium": {"n_layer": 24, "n_head": 16, "n_embd": 1024},  # the shapes of the GPT-2 paper, table 2
     "gpt2-large": {"n_layer": 36, "n_head": 20, "n_embd": 1280},
     "gpt2-xl": {"n_layer": 48, "n_head": 25, "n_embd": 1600},
+    "mla-moe-1b": {  # 1,075,293,184 parameters with a vocabulary of 49,152, of which 509,062,144 work on a token
+        "arch": "mla_moe",
+        "out_dir": "out_mla_moe_1b",
+        "n_layer": 24,
+        "n_head": 16,
+        "n_embd": 1024,
+        "batch_size": 4,
+        "seq_len": 1024,
+        "weight_decay": 0.1,
+        "target_loss": 0.0,
+        "grad_checkpoint": True,
+    },
+    "mla-moe-tiny": {
+        "arch": "mla_moe",
+        "out_dir": "out_mla_moe_tiny",
+        "n_layer": 4,
+        "n_head": 4,
+        "n_embd": 256,
+        "expert_width": 256,
+        "balance_rate": 1e-2,
+        "lr": 1e-3,
+        "target_loss": 0.0,
+    },
 }
 
 OTHER_NAMES = {"muon": "shakespeare"}  # that commands in users' notes have

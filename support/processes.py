@@ -21,6 +21,7 @@ import torch.nn as nn
 
 from support import cli
 from support.cli import RunError, UsageError, is_out_of_memory
+from support.files import is_running
 from support.kernels import updates_here
 from support.machine import Alone, Runtime
 
@@ -95,13 +96,6 @@ class Meeting(Alone):
             raise RunError("; ".join(faults))
         return settings
 
-    def join(self, alone: Runtime, settings) -> Runtime:
-        if settings.parallel == "ddp":
-            return Processes(alone, self, settings.wait_minutes)
-        from support.sharding import Sharded
-
-        return Sharded(alone, self, settings.wait_minutes)
-
     def takes_the_word(self) -> bool:
         """Is this the process that says how the run ended? The first one that asks is."""
         if self.speaks is None:
@@ -152,7 +146,7 @@ def told_once(lists: Sequence[list[str]]) -> list[str]:
 def must_agree(settings) -> dict:
     """What all processes must have alike: settings, torch, and the code."""
     code = hashlib.sha256()
-    for path in [ROOT / "train.py", *sorted((ROOT / "support").glob("*.py"))]:
+    for path in [ROOT / "train.py", ROOT / "mla_moe.py", *sorted((ROOT / "support").glob("*.py"))]:
         code.update(path.read_bytes())
     values = dataclasses.asdict(settings)
     for name in OWN:
@@ -287,17 +281,6 @@ class Watch:
 def place() -> str:
     """Which of the machines is this? torchrun counts them."""
     return os.environ.get("GROUP_RANK", "?")
-
-
-def is_running(pid: int) -> bool:
-    """Is there such a process on this machine?"""
-    try:
-        os.kill(pid, 0)
-    except ProcessLookupError:
-        return False
-    except OSError:  # somebody else's: then it can't be known
-        return True
-    return True
 
 
 # ---- the run itself ----

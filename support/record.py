@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import collections
 import dataclasses
 import json
 import math
@@ -14,13 +15,13 @@ import torch
 
 from support.cli import duration
 from support.inference import RECALL_ASKED, RECALL_GIVEN, longest_verbatim, recall
-from support.machine import Limit
+from support.machine import Limit, saved_bytes
 from support.presets import MACHINE, PRESETS, RECORDS
 from support.rundir import ENDINGS, RunDirectory, git_commit, now, versions
 from support.text import TEXT_KEPT
 
 
-def opening(trainer, limit: Limit, causality: str, last_pt_bytes: int) -> Iterator[str]:
+def opening(trainer, limit: Limit, causality: str) -> Iterator[str]:
     """The log's first lines: all that decides the run."""
     config = trainer.config
     runtime = trainer.runtime
@@ -31,6 +32,9 @@ def opening(trainer, limit: Limit, causality: str, last_pt_bytes: int) -> Iterat
     yield f"Optimizer: {describe_optimizer(trainer.optimizer)}"
     yield f"Args: {json.dumps(dataclasses.asdict(config), ensure_ascii=False)}"
     yield f"Parameters: {total:,} ({4 * total / 1e6:,.4g} MB in fp32)"
+    active = trainer.model.flops_per_token() // 6
+    if active != total:
+        yield f"Active parameters: {active:,}, those that work on a token"
     yield "Parameters by component: " + ", ".join(f"{name} {count:,}" for name, count in counts.items())
     if trainer.origin:
         yield f"Weights: from {trainer.origin}"
@@ -50,20 +54,38 @@ def opening(trainer, limit: Limit, causality: str, last_pt_bytes: int) -> Iterat
     saves = f"Saves: every {config.save_every} steps"
     if config.save_minutes:
         saves += f", and {config.save_minutes:g} minutes after the last one"
+    last_pt_bytes = saved_bytes(trainer.model, config.optimizer)
     yield f"{saves}; last.pt has {last_pt_bytes / 1e9:.3g} GB, and its copy takes as much memory while it is written"
     if trainer.progress.step:
         tokens = trainer.batcher.tokens_taken()
         yield f"Resumed: step {trainer.progress.step}, {tokens:,} tokens, avg_loss {trainer.avg_loss():.6f}"
 
 
+# A parameter's name has one of these, and belongs to the first that it has.
+PARTS = {
+    "wte": "token embedding and head",
+    "wpe": "position embedding",
+    "embed_tokens": "token embedding",
+    "lm_head": "head",
+    "attn": "attention",
+    "self_attn": "attention",
+    "gate": "routers",
+    "experts": "experts",
+    "shared_experts": "shared experts",
+    "mlp": "MLP",
+    "ln_1": "LayerNorm",
+    "ln_2": "LayerNorm",
+    "ln_f": "LayerNorm",
+}
+
+
 def parameter_counts(model) -> dict[str, int]:
     """Parameters by component, by their names; the head is the token embedding, so it isn't counted again."""
-    parts = {"wte": "token embedding and head", "wpe": "position embedding", "attn": "attention", "mlp": "MLP"}
-    counts = dict.fromkeys([*parts.values(), "LayerNorm"], 0)
+    counts = collections.Counter()
     for name, p in model.named_parameters():
-        inside = [part for part in parts if part in name.split(".")]
-        counts[parts[inside[0]] if inside else "LayerNorm"] += p.numel()
-    return counts
+        inside = [part for part in PARTS if part in name.split(".")]
+        counts[PARTS[inside[0]] if inside else "norms"] += p.numel()
+    return dict(counts)
 
 
 def why_device(asked: str, device: str) -> str:
@@ -105,12 +127,15 @@ def closing(trainer, run_dir: RunDirectory, ended: str, seconds: float, final_lo
     yield f"To update the README: python update_readme.py --run_dir {shlex.quote(str(run_dir.root))}"
 
 
-def step_line(row: dict, steps: int, rate: float, mfu: str, skipped: int | None) -> str:
-    """A log line of a step. `skipped`: updates that a loss scaler left out, None where there is no scaler."""
+def step_line(row: dict, steps: int, rate: float, mfu: str, skipped: int | None, figures: Sequence[str] = ()) -> str:
+    """A log line of a step. `skipped`: updates that a loss scaler left out, None where there is no scaler. `figures`:
+    names of what the model counts."""
     line = (
         f"step {row['step']}/{steps} | loss {row['loss']:.6f} | lr {row['lr']:.2e} | tok/s {rate:.1f}"
         f" | avg_loss {row['avg_loss']:.6f} | grad_norm {row['grad_norm']:.3f} | epoch {row['epoch']:.3f} | mfu {mfu}"
     )
+    for name in figures:
+        line += f" | {name} {row[name]:.4f}"
     if row["val_loss"] != "":
         line += f" | val_loss {row['val_loss']:.6f}"
     if skipped is not None:
@@ -272,6 +297,11 @@ NO_LENGTH = (
     "the run has no length: give --steps N or --epochs N, or begin with one of these (times are of"
     f" {MACHINE}):\n{newcomers_commands()}"
 )
+
+
+def late_warmup(config) -> str:
+    steps = config.steps
+    return f"warmup_steps {config.warmup_steps} is over steps {steps}: use --warmup_steps {steps // 10}"
 
 
 # What brings more to do.

@@ -415,8 +415,8 @@ class Board:
             raise RunError(f"tensorboard doesn't work here ({e!r:.80}): leave --tensorboard out") from e
 
     def add_row(self, row: dict) -> None:
-        for key in ("loss", "avg_loss", "val_loss", "lr", "grad_norm", "tok_per_s"):
-            if row[key] != "":
+        for key in ("loss", "avg_loss", "val_loss", "lr", "grad_norm", "tok_per_s", "load_entropy", "busiest"):
+            if row.get(key, "") != "":
                 self.call("add_scalar", key, row[key], row["step"])
 
     def add_samples(self, texts: Sequence[tuple[str, str]], step: int) -> None:

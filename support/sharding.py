@@ -85,7 +85,7 @@ class Sharded(Processes):
         mine = shares[self.rank]
         parts = [[direction(p).to_local() for p in share] for share in shares]
         # from each process, its rows of my matrices
-        sizes = [[rows(p, rank, self.world_size) * p.size(1) for p in mine] for rank in range(self.world_size)]
+        sizes = [[numbers(p, rank, self.world_size) for p in mine] for rank in range(self.world_size)]
         received = self.all_to_all(parts, sizes, torch.float32)
         whole = {}
         for i, p in enumerate(mine):
@@ -112,15 +112,16 @@ class Sharded(Processes):
         return [part.split(of_one) for part, of_one in zip(received.split(lengths), sizes, strict=True)]
 
 
-def rows(p: torch.Tensor, rank: int, world_size: int) -> int:
-    """Of a matrix, those that a rank holds. The last ranks may have fewer, or none."""
+def numbers(p: torch.Tensor, rank: int, world_size: int) -> int:
+    """How many a rank holds: rows of a matrix, or matrices of a stack. The last ranks may have fewer, or none."""
     most = -(-p.size(0) // world_size)
-    return max(0, min(most, p.size(0) - rank * most))
+    held = max(0, min(most, p.size(0) - rank * most))
+    return held * p.shape[1:].numel()
 
 
 def cut_as(like: torch.Tensor, whole):
-    """A whole tensor as this process's part, if `like` is one of the same shape."""
-    if not isinstance(whole, torch.Tensor) or whole.shape != like.shape:
+    """A whole tensor as this process's part, if `like` is one of the same shape. Buffers aren't cut."""
+    if not isinstance(like, DTensor) or not isinstance(whole, torch.Tensor) or whole.shape != like.shape:
         return whole
     return distribute_tensor(whole.to(like.device), like.device_mesh, like.placements, src_data_rank=None)
 

@@ -504,6 +504,16 @@ def held_out_from(tokens: np.ndarray, fraction: float, tokenizer: Tokenizer) -> 
     return start
 
 
+def too_short(tokens: int, batch_size: int, seq_len: int) -> str:
+    """Of a text that doesn't fill one batch: what would fit."""
+    targets = tokens - 1
+    fits = f"--seq_len {min(seq_len, max(1, targets))} --batch_size {max(1, targets // seq_len)}"
+    return (
+        f"the text has {tokens:,} tokens, and one batch of batch_size {batch_size} x seq_len {seq_len} needs"
+        f" {batch_size * seq_len + 1:,}: use a longer text, or {fits}"
+    )
+
+
 def draw_prompts(text: str, prompt: str, count: int, seed: int) -> list[str]:
     """`count` prompts: the given one ("": none), then openings of passages (what follows a blank line) drawn from the
     text by seed."""

@@ -12,12 +12,14 @@ import socket
 import subprocess
 import sys
 import time
+from unittest import mock
 
 import pytest
 import torch
 from conftest import ROOT, log_of, rows_of, same_weights, tiny_flags, weights_of, without_times
 
 import train
+from support.cli import StopSignals
 from support.machine import Runtime, shared_grad_accum
 from support.processes import check_restarts, differences, told_once
 
@@ -57,6 +59,19 @@ def test_for_one_process_the_verbs_change_nothing():
     assert alone.wait() is None
     assert alone.wrap(model) is model
     assert alone.talk_is_free
+
+
+def test_a_signal_that_comes_while_the_processes_talk_is_not_lost():
+    stop = StopSignals()
+
+    def any_process(signum):
+        stop.handle(signal.SIGTERM, None)  # after this process said that it had none
+        return signum
+
+    loop = mock.Mock(stop=stop)
+    loop.runtime.any = any_process
+    assert not train.Loop.stop_asked(loop)
+    assert train.Loop.stop_asked(loop)
 
 
 # ---- what they agree on ----
@@ -106,15 +121,15 @@ import torch
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import Shard, distribute_tensor
 import train
-from support import inference, kernels, machine
+from support import inference, kernels, launch, machine
 from support.processes import Processes
 
 rank = int(os.environ["RANK"])
 
 # the verbs
-meeting = machine.meet()
+meeting = launch.meet()
 alone = machine.start_runtime("cpu", "off")
-with meeting.join(alone, train.TrainConfig()) as runtime:
+with launch.join(meeting, alone, train.TrainConfig()) as runtime:
     assert isinstance(runtime, Processes)
     assert runtime.first(f"of {rank}") == "of 0"
     assert runtime.any(0) == 0
@@ -157,7 +172,7 @@ with meeting.join(alone, train.TrainConfig()) as runtime:
     assert {id(p) for p, _ in updates} == {id(p) for p in matrices}
 
 # the same in parts: some of one row, of which the second process holds nothing
-with machine.meet().join(alone, train.TrainConfig(parallel="fsdp")) as runtime:
+with launch.join(launch.meet(), alone, train.TrainConfig(parallel="fsdp")) as runtime:
     mesh = init_device_mesh("cpu", (2,))
     shapes = [(5, 8), (1, 4), (5, 8), (8, 5), (4, 4)]
     matrices = [torch.randn(shape) for shape in shapes]

@@ -22,7 +22,7 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 import train
-from support import checkpoint, rundir, text
+from support import checkpoint, machine, rundir, text
 from support.checkpoint import load_checkpoint, save_checkpoint
 from support.cli import DamagedError, RunError, UsageError
 from support.rundir import RunDirectory
@@ -58,7 +58,7 @@ def test_the_size_that_the_log_tells_is_that_of_weights_and_averages(tiny, make_
         for name, average in averages.items():
             if name != "step":
                 saved.append(average.numel())
-    assert train.saved_bytes(trainer.model, optimizer) == 4 * sum(saved)
+    assert machine.saved_bytes(trainer.model, optimizer) == 4 * sum(saved)
 
 
 # ---- writing ----

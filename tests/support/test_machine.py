@@ -138,11 +138,9 @@ def small_memory(monkeypatch, gigabytes: float) -> None:
 
 def check_gpt2(tokens: int, half_precision=False, grad_checkpoint=False) -> None:
     """Does GPT-2 124M fit, by AdamW and with so many tokens at once?"""
-    model = outline(GPTConfig())
-    parameters = sum(p.numel() for p in model.parameters())
-    saved = train.saved_bytes(model, "adamw")
-    activations = model.activation_bytes(tokens, half_precision, grad_checkpoint)
-    machine.check_memory(runtime(), parameters, saved, activations)
+    settings = train.TrainConfig(batch_size=1, seq_len=tokens, grad_checkpoint=grad_checkpoint)
+    amp_dtype = torch.bfloat16 if half_precision else None
+    machine.check_memory(runtime(amp_dtype), outline(GPTConfig()), settings)
 
 
 def test_what_cannot_fit_is_said_with_its_size_and_what_would(monkeypatch):
