@@ -21,7 +21,7 @@ Exit codes: 0 written or already current, 1 broken markers (file:line), a run or
 
 from __future__ import annotations
 
-from support import interrupt  # isort: skip  # first, so that Ctrl-C in the seconds of importing is one line
+from support import importing  # isort: skip  # first, so that Ctrl-C in the seconds of importing is one line
 
 import argparse
 import contextlib
@@ -110,8 +110,10 @@ class Change:
         if self.old is None:
             return
         about = self.target().stat()
-        if not about.st_mode & 0o222 or not os.access(self.target(), os.W_OK):
+        if not about.st_mode & 0o222:
             raise ReadmeError(f"{self.path} is write-protected: chmod u+w {shlex.quote(str(self.path))} permits it")
+        if not os.access(self.target(), os.W_OK):
+            raise ReadmeError(f"{self.path} can't be written: it is another user's, or the disk is read-only")
         if about.st_nlink > 1:
             remedy = "put a copy in its place, which is a file of its own"
             raise ReadmeError(f"{self.path} has other names (hard links), which would keep the old text: {remedy}")
@@ -366,7 +368,7 @@ def build_parser() -> argparse.ArgumentParser:
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs the command line and returns the exit code; faults are one sentence each, on stderr."""
     args = build_parser().parse_args(argv)
-    interrupt.hand_over()
+    importing.hand_over()
     try:
         if args.init:
             return write_template(args)
@@ -375,6 +377,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         say(str(e), to=sys.stderr)
     except OSError as e:
         say(f"update_readme.py: {e.strerror or e} ({e.filename or 'no file named'})", to=sys.stderr)
+    except MemoryError:
+        say("update_readme.py: the memory is full: stop other programs", to=sys.stderr)
     except KeyboardInterrupt:
         say("update_readme.py: interrupted", to=sys.stderr)
         return 130

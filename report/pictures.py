@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import logging
 import math
 import os
 import re
@@ -80,12 +81,14 @@ def picture(draw: Callable, title: str) -> bytes:
 
     It brings its own background, so that it is legible on any page, and turns dark where the reader prefers that."""
     os.environ["MPLBACKEND"] = "svg"  # a notebook leaves the name of one that isn't there
+    logging.getLogger("matplotlib").setLevel(logging.ERROR)  # in a read-only home it tells at length where its cache is
     try:
         import matplotlib
         from matplotlib.backends.backend_svg import FigureCanvasSVG
         from matplotlib.figure import Figure
-    except ImportError:
-        raise ReadmeError("CURVE and COMPARE need matplotlib: pip install -r requirements.txt") from None
+    except ImportError as e:
+        why = str(e).strip().splitlines()[-1]
+        raise ReadmeError(f"CURVE and COMPARE need matplotlib ({why}): pip install -r requirements.txt") from None
     # Text stays text and ids depend on nothing but the drawing, so that no font and no clock gets into the file.
     style = {"svg.fonttype": "none", "svg.hashsalt": "curve", "font.family": "sans-serif", "font.size": 10}
     with matplotlib.rc_context({**matplotlib.rcParamsDefault, **style}):

@@ -86,7 +86,8 @@ class RunDirectory:
                 remedy = "move it away, or choose another --out_dir"
                 return f"out_dir {self.root} can't be written, since {existing} is {odd}: {remedy}"
             if not os.access(existing, os.W_OK):
-                return f"out_dir {self.root} can't be written: change the permissions of {existing}"
+                remedy = f"change the permissions of {existing}, or choose another --out_dir"
+                return f"out_dir {self.root} can't be written: {remedy}"
         except (OSError, ValueError) as e:  # ValueError: a NUL in the name
             why = getattr(e, "strerror", None) or e
             return f"out_dir {str(self.root)[:80]!r} can't be used ({why}): choose another --out_dir"
