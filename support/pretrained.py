@@ -66,8 +66,9 @@ def read_checkpoint_shape(path: Path) -> dict:
     checkpoint = load_checkpoint(path, lazy=True)
     try:
         shape = {name: checkpoint["config"][name] for name in SHAPE}
+        shape["block_size"] = int(shape["block_size"])  # the others are looked at as flags are
         return shape | {"tokenizer": checkpoint["tokenizer"]["name"]}
-    except (KeyError, TypeError) as e:
+    except (KeyError, TypeError, ValueError) as e:
         raise RunError(f"checkpoint {path} lacks what a model needs ({e!r:.80}): use another one") from None
 
 
