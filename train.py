@@ -53,6 +53,7 @@ from support import checkpoint, cli, dry_run, figures, files, inference, machine
 from support.bar import StepBar
 from support.cli import RunError, Stopped, StopSignals, UsageError, flag
 from support.kernels import Muon, MuonAdamW, attention_by_products, linear_cross_entropy, updates_here
+from support.launch import join, meet
 from support.machine import Runtime
 from support.presets import PRESETS
 from support.rundir import RunDirectory
@@ -1236,7 +1237,7 @@ def train(config: TrainConfig, command: str = "", meeting: machine.Alone | None 
     Raises UsageError, before anything is written, for settings or input that can't work; RunError for a fault later."""
     config.validate()
     alone = machine.start_runtime(config.device, config.amp, config.deterministic)
-    with (meeting or machine.meet()).join(alone, config) as runtime:
+    with join(meeting or meet(), alone, config) as runtime:
         with runtime.first_one_first():  # the others find the tokens in the cache
             keep = not config.dry_run
             tokenizer, corpus = text.load_text(config.input_file, config.tokenizer, config.cache_dir, keep)
@@ -1281,7 +1282,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     words = sys.argv[1:] if argv is None else list(argv)
     if "-h" in words or "--help" in words:
         build_parser().parse_args(["--help"])  # prints, and ends the program
-    meeting = machine.meet()
+    meeting = meet()
 
     def body() -> int:
         config = meeting.agreed(lambda: config_from_flags(words))

@@ -29,26 +29,16 @@ from support.kernels import updates_here
 class Alone:
     """Where the processes of a run meet before it begins: for one that has no others."""
 
+    world_size = 1
+
     def agreed(self, make: Callable):
         """The settings that `make` returns, when all processes have come this far and have the same. Raises UsageError
         or RunError."""
         return make()
 
-    def join(self, alone: Runtime, settings) -> Runtime:
-        """The Runtime of a process among the others."""
-        return alone
-
     def say(self, name: str, sentence: str) -> None:
         """A sentence on stderr. Of several processes only one says it."""
         say(name, sentence)
-
-
-def meet() -> Alone:
-    if int(os.environ.get("WORLD_SIZE", 1)) == 1:
-        return Alone()
-    from support.processes import Meeting
-
-    return Meeting()
 
 
 @dataclass

@@ -21,6 +21,7 @@ import torch.nn as nn
 
 from support import cli
 from support.cli import RunError, UsageError, is_out_of_memory
+from support.files import is_running
 from support.kernels import updates_here
 from support.machine import Alone, Runtime
 
@@ -94,13 +95,6 @@ class Meeting(Alone):
         if faults:
             raise RunError("; ".join(faults))
         return settings
-
-    def join(self, alone: Runtime, settings) -> Runtime:
-        if settings.parallel == "ddp":
-            return Processes(alone, self, settings.wait_minutes)
-        from support.sharding import Sharded
-
-        return Sharded(alone, self, settings.wait_minutes)
 
     def takes_the_word(self) -> bool:
         """Is this the process that says how the run ended? The first one that asks is."""
@@ -287,17 +281,6 @@ class Watch:
 def place() -> str:
     """Which of the machines is this? torchrun counts them."""
     return os.environ.get("GROUP_RANK", "?")
-
-
-def is_running(pid: int) -> bool:
-    """Is there such a process on this machine?"""
-    try:
-        os.kill(pid, 0)
-    except ProcessLookupError:
-        return False
-    except OSError:  # somebody else's: then it can't be known
-        return True
-    return True
 
 
 # ---- the run itself ----

@@ -108,15 +108,15 @@ import torch
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import Shard, distribute_tensor
 import train
-from support import inference, kernels, machine
+from support import inference, kernels, launch, machine
 from support.processes import Processes
 
 rank = int(os.environ["RANK"])
 
 # the verbs
-meeting = machine.meet()
+meeting = launch.meet()
 alone = machine.start_runtime("cpu", "off")
-with meeting.join(alone, train.TrainConfig()) as runtime:
+with launch.join(meeting, alone, train.TrainConfig()) as runtime:
     assert isinstance(runtime, Processes)
     assert runtime.first(f"of {rank}") == "of 0"
     assert runtime.any(0) == 0
@@ -159,7 +159,7 @@ with meeting.join(alone, train.TrainConfig()) as runtime:
     assert {id(p) for p, _ in updates} == {id(p) for p in matrices}
 
 # the same in parts: some of one row, of which the second process holds nothing
-with machine.meet().join(alone, train.TrainConfig(parallel="fsdp")) as runtime:
+with launch.join(launch.meet(), alone, train.TrainConfig(parallel="fsdp")) as runtime:
     mesh = init_device_mesh("cpu", (2,))
     shapes = [(5, 8), (1, 4), (5, 8), (8, 5), (4, 4)]
     matrices = [torch.randn(shape) for shape in shapes]
