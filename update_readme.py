@@ -3,17 +3,25 @@
     python update_readme.py                             # from out/, into README.md, docs/*.md and assets/
     python update_readme.py --run_dir records/shakespeare --check  # up to date? 0 yes, 5 no; writes nothing
     python update_readme.py --run_dir records/shakespeare --diff   # what would change; writes nothing
+    python update_readme.py --init README_of_mine.md    # a README of your own, to be filled: --readme README_of_mine.md
 
-SUMMARY, CURVE, METRICS, SAMPLES, LOGS and REPRODUCE come from the run directory; report/run.py says what is read there.
-COMPARE and HELDOUT also come from records/earlier_runs.json and the published runs that it names, FLAGS from the source
-of train.py and support/presets.py. A block that no file has is left alone. What a block says comes from the run, never
-from the clock, so the same run directory gives the same bytes.
+SUMMARY, MODEL, CURVE, METRICS, SAMPLES, LOGS and REPRODUCE come from the run directory; report/run.py says what is read
+there. COMPARE and HELDOUT also come from records/earlier_runs.json and the published runs that it names, FLAGS from the
+source of train.py and support/presets.py. PLOT is another name of CURVE. A block that no file has is left alone. What a
+block says comes from the run, never from the clock, so the same run directory gives the same bytes.
 
 Exit codes: 0 written or already current, 1 broken markers (file:line), a run or a file that can't be read or written,
-2 unusable flags, 5 stale under --check.
+2 unusable flags, or a file of --init that is there, 5 stale under --check, 130 stopped by Ctrl-C.
 """
 
+# /// script
+# requires-python = ">=3.10,<3.15"
+# dependencies = ["matplotlib==3.10.9", "markdown-it-py>=3,<5"]
+# ///
+
 from __future__ import annotations
+
+from support import interrupt  # isort: skip  # first, so that Ctrl-C in the seconds of importing is one line
 
 import argparse
 import contextlib
@@ -32,12 +40,13 @@ from pathlib import Path
 
 from report import blocks, pictures, published
 from report.flags import flags
-from report.markdown import plain
-from report.markers import NAMES, find_blocks
+from report.markdown import one_line, plain
+from report.markers import NAMES, OTHER_NAMES, find_blocks
 from report.run import ReadmeError, Run, read_run, relative
 
 HERE = Path(__file__).resolve().parent
 README = Path("README.md")
+TEMPLATE = HERE / "report" / "template.md"
 BYTE_ORDER_MARK = "\ufeff"
 
 
@@ -48,6 +57,7 @@ def no_curve(run: Run) -> str:
 
 BLOCKS: dict[str, Callable[[Run], str]] = {
     "SUMMARY": blocks.summary,
+    "MODEL": blocks.model,
     "CURVE": no_curve,
     "METRICS": blocks.metrics,
     "SAMPLES": blocks.samples,
@@ -163,7 +173,7 @@ def write(changes: Sequence[Change]) -> None:
         for change in changes:
             os.replace(change.part(), change.target())
             replaced.append(change)
-    except OSError:
+    except (OSError, KeyboardInterrupt):
         for change in replaced:
             change.undo()
         raise
@@ -211,6 +221,10 @@ class Page:
     old: bytes
     blocks: dict[str, tuple[int, int]]
 
+    def contents(self) -> set[str]:
+        """What its blocks hold, by the usual names."""
+        return {OTHER_NAMES.get(name, name) for name in self.blocks}
+
     def filled(self, contents: dict[str, Content]) -> Change:
         """The file as it should be."""
         text = text_of(self.old)
@@ -221,8 +235,9 @@ class Page:
             start, end = self.blocks[name]
             # As far to the right as the marker, so that it stays in the same list item.
             indent, newline = re.match(r"([ \t]*).*?([\r\n]+)\Z", lines[start]).groups()
-            content = ["", *contents[name].beside(folder_of(self.path)), ""]
-            lines[start + 1 : end] = [indented(line, indent) + newline for line in content]
+            content = contents[OTHER_NAMES.get(name, name)]
+            block = ["", *content.beside(folder_of(self.path)), ""]
+            lines[start + 1 : end] = [indented(line, indent) + newline for line in block]
         if find_blocks(lines, str(self.path)).keys() != self.blocks.keys():
             raise ReadmeError(
                 f"{self.path}: a block can't stand where it does: put its markers at the start of their lines"
@@ -289,7 +304,7 @@ def plan_pages(pages: Sequence[Page], run_dir: Path, assets_dir: Path) -> tuple[
 
     All pages name folders as they are seen from the first. Raises ReadmeError for a run that can't be read."""
     base = folder_of(pages[0].path)
-    names = [name for name in NAMES if any(name in page.blocks for page in pages)]
+    names = [name for name in NAMES if any(name in page.contents() for page in pages)]
     run, notes = read_run(run_dir, relative(run_dir, base))
     run = published.with_published(run, names, run_dir, base)
     contents = {name: content_of(name, run, assets_dir) for name in names}
@@ -342,6 +357,7 @@ def build_parser() -> argparse.ArgumentParser:
         help="files with the blocks (default: README.md, and those of docs/*.md that have any)",
     )
     parser.add_argument("--assets_dir", type=Path, help="where pictures go (default: assets beside the first file)")
+    parser.add_argument("--init", type=Path, metavar="FILE", help="write a README with all blocks, for a run of yours")
     parser.add_argument("--check", action="store_true", help="write nothing; exit with 5 if a file is stale")
     parser.add_argument("--diff", action="store_true", help="write nothing; show what would change")
     return parser
@@ -350,12 +366,18 @@ def build_parser() -> argparse.ArgumentParser:
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs the command line and returns the exit code; faults are one sentence each, on stderr."""
     args = build_parser().parse_args(argv)
+    interrupt.hand_over()
     try:
+        if args.init:
+            return write_template(args)
         return update(args)
     except ReadmeError as e:
         say(str(e), to=sys.stderr)
     except OSError as e:
         say(f"update_readme.py: {e.strerror or e} ({e.filename or 'no file named'})", to=sys.stderr)
+    except KeyboardInterrupt:
+        say("update_readme.py: interrupted", to=sys.stderr)
+        return 130
     return 1
 
 
@@ -381,6 +403,23 @@ def update(args: argparse.Namespace) -> int:
         say("".join(change.diff() for change in stale).removesuffix("\n"), to=sys.stdout)
     if args.check and stale:
         return 5
+    return 0
+
+
+def write_template(args: argparse.Namespace) -> int:
+    """A README for a run of one's own, with empty blocks. Raises OSError."""
+    if args.readme or args.check or args.diff:
+        say("update_readme.py: --init only writes a new file: leave out --readme, --check and --diff", to=sys.stderr)
+        return 2
+    fill = shlex.join(["python", "update_readme.py", "--readme", str(args.init), "--run_dir", str(args.run_dir)])
+    text = TEMPLATE.read_text(encoding="utf-8").replace("FILL_THIS_PAGE", one_line(fill))
+    try:
+        with open(args.init, "x", encoding="utf-8", newline="\n") as f:
+            f.write(text)
+    except FileExistsError:
+        say(f"update_readme.py: {args.init} is there already: name a new file with --init", to=sys.stderr)
+        return 2
+    say(f"{args.init}: written\nTo fill it: {fill}", to=sys.stdout)
     return 0
 
 

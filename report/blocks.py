@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 from datetime import datetime
 
+from report.log import Line, Log
 from report.markdown import code, duration, fence, plain, table
-from report.run import FORMATS, Row, Run, finite, step_of, thin, under_or_not
+from report.run import FORMATS, Row, Run, finite, thin, under_or_not
 
 METRICS_ROWS = 6  # evenly spaced; the best of each loss may add one more
 SAMPLE_LINES = 200
@@ -16,6 +18,8 @@ LOG_STEPS = 5  # evenly spaced, the first and the last among them
 LOG_CLOSING = 3  # lines behind the last step
 LOG_LINES = LOG_OPENING + LOG_STEPS + LOG_CLOSING  # in all, at most; a log that has no more is shown whole
 LOG_CHARACTERS = 300  # of a line
+GPT2_SETTINGS = {"block_size", "n_layer", "n_head", "n_embd", "tokenizer"}  # other programs have other models
+MODEL_HEADER = ("Model and training", "")
 LOSSES = ("loss", "avg_loss", "val_loss")
 
 
@@ -45,7 +49,7 @@ def time_of(run: Run) -> str | None:
     """When the run ended, or else of its last word, or else when it began."""
     if run.text("end"):
         return run.text("end")
-    closing = run.closing()
+    closing = run.log.closing()
     if closing:
         time, _ = closing[-1]
         return time
@@ -70,7 +74,7 @@ def how_it_ended(run: Run) -> str:
         return f"**{plain(ended)}**{where}"
     if "ended" in run.record:
         return "not yet: still running, or stopped without a word"
-    messages = [code(message) for _, message in run.closing()[-3:]]
+    messages = [code(message) for _, message in run.log.closing()[-3:]]
     if not messages:
         return "not on record"
     return f"not on record; the log closes with {', '.join(messages)}"
@@ -142,6 +146,66 @@ def figure(row: Row, key: str) -> str:
     if key not in row:
         return ""
     return format(row[key], FORMATS[key])
+
+
+# ---- MODEL ----
+
+
+def model(run: Run) -> str:
+    """What the model is, its size, and what it was trained on."""
+    settings = run.settings()
+    rows = []
+    for what, value in sizes(run, settings).items():
+        if value:
+            rows.append([what, f"{value:,.0f}"])
+    for what, name in {"Tokenizer": "tokenizer", "Optimizer": "optimizer"}.items():
+        if isinstance(settings.get(name), str):
+            rows.append([what, code(settings[name])])
+    if not rows:
+        return "It is not on record what the model is."
+    return f"{what_it_is(run, settings)}\n\n{table(MODEL_HEADER, rows)}"
+
+
+def what_it_is(run: Run, settings: dict) -> str:
+    """A sentence; and one more where the architecture is known to be GPT-2's."""
+    corpus = run.part("corpus").get("file", settings.get("input_file"))
+    origin = run.text("origin")
+    text = "This model was trained"
+    if "origin" in run.record and not origin:
+        text += " from scratch"
+    if isinstance(corpus, str):
+        text += f" on {code(corpus)}"
+    if origin:
+        text += f", beginning with the weights in {code(origin)}"
+    text += "."
+    if settings.get("arch", "gpt2") == "gpt2" and settings.keys() >= GPT2_SETTINGS:
+        text += (
+            " It is a GPT-2: a transformer that reads the tokens so far and gives a probability to each token that may"
+            " come next. In each of its blocks, attention and an MLP add to what is known of a token. The head uses the"
+            " matrix of the token embedding again."
+        )
+    return text
+
+
+def sizes(run: Run, settings: dict) -> dict[str, float | None]:
+    """{what: how many}, None where that isn't on record."""
+    batch = [finite(settings.get(name)) for name in ("batch_size", "seq_len", "grad_accum")]
+    processes = run.number("processes")
+    tokens_per_step = None
+    if processes and None not in batch:
+        tokens_per_step = math.prod(batch) * processes
+    corpus = run.part("corpus")
+    return {
+        "Parameters": run.number("parameters"),
+        "Blocks": finite(settings.get("n_layer")),
+        "Attention heads in a block": finite(settings.get("n_head")),
+        "Width": finite(settings.get("n_embd")),
+        "Context, tokens": finite(settings.get("block_size")),
+        "Window in training, tokens": finite(settings.get("seq_len")),
+        "Tokens in a step": tokens_per_step,
+        "Tokens of the text": finite(corpus.get("tokens")),
+        "of which are held out": finite(corpus.get("held_out")),
+    }
 
 
 # ---- METRICS ----
@@ -267,41 +331,41 @@ def end_of_sample(lines: Sequence[str]) -> int:
 
 def logs(run: Run) -> str:
     """The log's opening, a few steps, evenly spaced, and its closing."""
-    if not any(line.strip() for line in run.log):
+    log = run.log
+    if log.is_empty():
         return "No log has been written yet."
-    shown = lines_to_show(run.log)
-    text = fence("\n".join(cut(run.log[i]) for i in shown).strip("\n"))
-    if len(shown) == len(run.log):
+    shown = lines_to_show(log)
+    text = fence("\n".join(cut(line) for _, line in shown).strip("\n"))
+    if len(shown) == log.count:
         return text
-    return f"{text}\n\n{len(shown)} of {len(run.log):,} lines of the log."
+    return f"{text}\n\n{len(shown)} of {log.count:,} lines of the log."
 
 
-def lines_to_show(log: Sequence[str]) -> list[int]:
-    """The indices of the lines that tell most, in order."""
-    count = len(log)
-    if count <= LOG_LINES:
-        return list(range(count))
-    steps = [i for i, line in enumerate(log) if step_of(line)]
+def lines_to_show(log: Log) -> list[Line]:
+    """The lines that tell most, in order."""
+    if log.count <= LOG_LINES:
+        return log.opening
+    steps = log.some_steps()
     if not steps:
         edge = LOG_LINES // 2
-        return [*range(edge), *range(count - edge, count)]
-    shown = set(range(min(LOG_OPENING, steps[0])))
+        return log.opening[:edge] + log.behind[-edge:]
+    first_step, _ = steps[0]
+    shown = set(log.opening[: min(LOG_OPENING, first_step)])
     for i in thin(len(steps), LOG_STEPS):
         shown.add(steps[i])
-    shown.update(closing_lines(log, steps[-1] + 1))
+    shown.update(closing_lines(log.behind))
     return sorted(shown)
 
 
-def closing_lines(log: Sequence[str], after: int) -> list[int]:
+def closing_lines(behind: Sequence[Line]) -> Sequence[Line]:
     """The log's last line, and before it those in which it is said how the run ended, if it is."""
-    behind = list(range(after, len(log)))
     if len(behind) <= LOG_CLOSING:
         return behind
-    first = len(log) - LOG_CLOSING
-    for i in behind:
-        if "| Ended:" in log[i]:
+    first = len(behind) - LOG_CLOSING
+    for i, (_, line) in enumerate(behind):
+        if "| Ended:" in line:
             first = min(first, i)
-    return [*range(first, first + LOG_CLOSING - 1), len(log) - 1]
+    return [*behind[first : first + LOG_CLOSING - 1], behind[-1]]
 
 
 def cut(line: str) -> str:

@@ -9,7 +9,9 @@ from markdown_it import MarkdownIt
 
 from report.run import ReadmeError
 
-NAMES = ("SUMMARY", "CURVE", "METRICS", "SAMPLES", "LOGS", "REPRODUCE", "COMPARE", "HELDOUT", "FLAGS")
+NAMES = ("SUMMARY", "MODEL", "CURVE", "METRICS", "SAMPLES", "LOGS", "REPRODUCE", "COMPARE", "HELDOUT", "FLAGS")
+OTHER_NAMES = {"PLOT": "CURVE"}  # that the READMEs of other programs have
+KNOWN = (*NAMES, *OTHER_NAMES)
 MARKER = re.compile(r"<!--AUTO:([A-Z]+):(START|END)-->")
 COMMENT = re.compile(r"(?<!\\)<!--(.*?)(?:-->|$)")
 MEANT_AS_MARKER = re.compile(r"\bAUTO:|\b(?i:auto\s*:\s*\w+\s*:)")
@@ -17,7 +19,7 @@ CODE_SPAN = re.compile(r"(?<!`)(`+)(?!`)(.+?)(?<!`)\1(?!`)")
 RAW_HTML = re.compile(r"\s*<(pre|script|style|textarea)\b", re.I)  # what stands in such an element is no Markdown
 A_MARKER = (
     "a marker is <!--AUTO:NAME:START--> or <!--AUTO:NAME:END-->, without spaces, alone on its line, and NAME is one of "
-    + ", ".join(NAMES)
+    + ", ".join(KNOWN)
 )
 
 Marker = tuple[int, str, str]  # (index of its line, name, START or END)
@@ -71,7 +73,7 @@ def read_markers(lines: Sequence[str], inside_code: set[int]) -> tuple[list[Mark
         if i in inside_code or "<!--" not in line:
             continue
         exact = MARKER.fullmatch(line.strip())
-        if exact and exact[1] in NAMES:
+        if exact and exact[1] in KNOWN:
             markers.append((i, exact[1], exact[2]))
             continue
         problem = broken_marker(line)
@@ -84,7 +86,7 @@ def broken_marker(line: str) -> str:
     """What is wrong with a line's comment that was meant as a marker; "" where there is none."""
     for comment in COMMENT.finditer(CODE_SPAN.sub("", line[:10_000])):
         known = MARKER.fullmatch(comment[0])
-        if known and known[1] in NAMES:
+        if known and known[1] in KNOWN:
             return f"{comment[0]} must stand alone on its line"
         if MEANT_AS_MARKER.search(comment[1]):
             return f"{comment[0].strip()} is no marker: {A_MARKER}"

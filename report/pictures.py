@@ -175,14 +175,16 @@ def series(run: Run, key: str, over: str = "step") -> tuple[list[float], list[fl
 
     Before that it is no mean over the text, and the key says that it is."""
     least = 0 if key == "lr" else TINY
-    points = []
-    for row in run.with_figure(key):
-        x = row.get(over, math.nan)
-        y = row[key]
+    rows = run.with_figure(key)
+    steps = []
+    values = []
+    for i in thin(len(rows), CURVE_POINTS):
+        x = rows[i].get(over, math.nan)
+        y = rows[i][key]
         if math.isfinite(x) and least <= y < 1 / TINY:
-            points.append((x, y))
-    shown = [points[i] for i in thin(len(points), CURVE_POINTS)]
-    return [x for x, _ in shown], [y for _, y in shown]
+            steps.append(x)
+            values.append(y)
+    return steps, values
 
 
 def draw_losses(axes, run: Run) -> None:

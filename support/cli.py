@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from support import interrupt  # isort: skip  # first, as programs import this module first
+
 import argparse
 import contextlib
 import dataclasses
@@ -57,6 +59,7 @@ def run_program(
 ) -> int:
     """Calls `body` and returns its exit code. Every known fault becomes one sentence on stderr and a code of its own:
     1 a fault while running, 2 unusable flags or input, 130 Ctrl-C. A fault that nobody foresaw keeps its traceback."""
+    interrupt.hand_over()
     try:
         return body()
     except UsageError as e:

@@ -208,12 +208,31 @@ def move_files(source: Path, target: Path) -> None:
     """In one step where there is no target yet. Else file by file, and what the target holds beside them stays."""
     if not target.exists():
         source.rename(target)
-        return
+    elif source.stat().st_dev == target.stat().st_dev:
+        for_each_file(source, target, replace)
+    else:  # a disk of its own, which may be full: all of them are brought there first, since a rename tears no file
+        inside = part_beside(target / f".{target.name}")
+        try:
+            for_each_file(source, inside, copy)
+            for_each_file(inside, target, replace)
+        finally:
+            remove(inside)
+
+
+def for_each_file(source: Path, target: Path, do: Callable[[Path, Path], None]) -> None:
+    """Calls `do` with each file of a folder and its place in the other one."""
     for path in sorted(source.rglob("*")):
         if path.is_file():
             place = target / path.relative_to(source)
             place.parent.mkdir(parents=True, exist_ok=True)
-            shutil.move(path, place)  # unlike os.replace, also onto another disk that is mounted there
+            do(path, place)
+
+
+def copy(source: Path, target: Path) -> None:
+    """Unlike shutil.copy, it doesn't say of a full disk that it was the source's."""
+    with open(source, "rb") as there, open(target, "wb") as here:
+        shutil.copyfileobj(there, here)
+    shutil.copymode(source, target)
 
 
 class PatientFile:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import html
 import json
+import math
 import os
 import re
 import shutil
@@ -24,6 +25,7 @@ from conftest import PLAY, ROOT, TINY
 import app
 import train
 from support import door, text
+from support.checkpoint import load_checkpoint
 from support.inference import PAGE_BOUNDS
 
 HOW_IT_WORKS = ROOT / "docs" / "how-it-works.md"
@@ -240,6 +242,25 @@ def test_with_a_checkpoint_that_is_not_there_the_page_says_what_to_do(tmp_path):
     assert "aren't beside the checkpoint" in page.training()[0]
     shown = [block.value for block in app.build(page).blocks.values() if isinstance(block, app.gr.Markdown)]
     assert page.status() in shown
+
+
+@pytest.mark.skipif(os.name != "posix", reason="pipes of POSIX")
+def test_a_checkpoint_that_is_a_pipe_is_told_on_the_page_and_not_waited_for(tmp_path):
+    os.mkfifo(tmp_path / "best.pt")
+    assert "is a pipe or a device" in app.Page(tmp_path / "best.pt").status()
+
+
+@pytest.mark.parametrize(
+    ("step", "weight", "words"), [("seven", 0.0, "of this program"), (5, math.nan, "isn't finite")]
+)
+def test_a_checkpoint_that_makes_no_sense_is_told_on_the_page(checkpoint, tmp_path, step, weight, words):
+    content = load_checkpoint(checkpoint)
+    content["step"] = step
+    content["model"]["transformer.wte.weight"][0, 0] = weight
+    torch.save(content, tmp_path / "best.pt")
+    page = app.Page(tmp_path / "best.pt")
+    assert words in page.status()
+    assert page.writer is None
 
 
 def test_the_run_is_shown_with_its_curve_and_what_it_learned(page):

@@ -178,10 +178,13 @@ def test_a_readme_and_its_pictures_elsewhere(run_dir, tmp_path):
 def test_blocks_that_the_readme_lacks_are_named(run_dir, tmp_path, capsys):
     write_readme(tmp_path, "SUMMARY", "LOGS", "METRICS", "SAMPLES")
     assert update() == 0
-    assert "README.md has no block CURVE, REPRODUCE, COMPARE, HELDOUT, FLAGS: left alone\n" in capsys.readouterr().out
+    assert (
+        "README.md has no block MODEL, CURVE, REPRODUCE, COMPARE, HELDOUT, FLAGS: left alone\n"
+        in capsys.readouterr().out
+    )
     write_readme(tmp_path / "docs", "SUMMARY", "CURVE", "HELDOUT")
     assert update() == 0
-    words = "README.md and docs/README.md have no block REPRODUCE, COMPARE, FLAGS: left alone\n"
+    words = "README.md and docs/README.md have no block MODEL, REPRODUCE, COMPARE, FLAGS: left alone\n"
     assert capsys.readouterr().out.count("left alone") == 1
     assert update() == 0 and words in capsys.readouterr().out
 
@@ -266,12 +269,83 @@ def test_of_several_files_all_are_written_or_none(replaced, run_dir, tmp_path, m
     assert not list(tmp_path.rglob("*.part")) and not list(tmp_path.rglob("*.svg"))
 
 
+# ---- a README of one's own ----
+
+
+def test_init_writes_a_readme_with_every_block_which_a_run_then_fills(run_dir, tmp_path, capsys):
+    assert update("--init", "mine.md") == 0
+    command = re.search("To fill it: python update_readme.py (.*)", capsys.readouterr().out)[1]
+    template = (tmp_path / "mine.md").read_text(encoding="utf-8")
+    assert f"python update_readme.py {command}\n" in template
+    assert sorted(re.findall("<!--AUTO:([A-Z]+):START-->", template)) == sorted(update_readme.NAMES)
+    assert not (tmp_path / "assets").exists()
+    assert update_readme.main(shlex.split(command)) == 0
+    assert "left alone" not in capsys.readouterr().out
+    filled = (tmp_path / "mine.md").read_text(encoding="utf-8")
+    assert "- Best loss: **0.089094**" in filled and "](assets/curve.svg)" in filled
+    assert_sound_markdown(filled)
+    assert update_readme.main([*shlex.split(command), "--check"]) == 0
+
+
+def test_what_the_template_says_outside_its_blocks_stays_when_it_is_filled(run_dir, tmp_path):
+    assert update("--init", "mine.md") == 0
+    before = (tmp_path / "mine.md").read_text(encoding="utf-8")
+    assert update("--readme", "mine.md") == 0
+    after = (tmp_path / "mine.md").read_text(encoding="utf-8")
+    empty = re.sub(r"(<!--AUTO:[A-Z]+:START-->\n).*?(?=<!--AUTO:[A-Z]+:END-->)", r"\1", after, flags=re.S)
+    assert empty == before
+
+
+def test_init_replaces_no_file(run_dir, tmp_path, capsys):
+    readme = write_readme(tmp_path, "SUMMARY")
+    before = readme.read_bytes()
+    assert update("--init", readme) == 2
+    assert f"{readme} is there already: name a new file with --init" in capsys.readouterr().err
+    assert readme.read_bytes() == before
+
+
+@pytest.mark.parametrize("also", [["--check"], ["--diff"], ["--readme", "mine.md"]])
+def test_init_does_one_thing_at_a_time(run_dir, tmp_path, capsys, also):
+    assert update("--init", "mine.md", *also) == 2
+    assert "--init only writes a new file: leave out " in capsys.readouterr().err
+    assert not (tmp_path / "mine.md").exists()
+
+
+def test_plot_is_another_name_of_curve(run_dir, tmp_path, capsys):
+    readme = write_readme(tmp_path, "PLOT", "SUMMARY")
+    assert update() == 0
+    assert "](assets/curve.svg)" in block(readme, "PLOT")
+    assert "no block MODEL, METRICS," in capsys.readouterr().out
+    readme = write_readme(tmp_path, "PLOT", "CURVE")
+    assert update() == 0
+    assert block(readme, "PLOT") == block(readme, "CURVE") != "old"
+    assert update("--check") == 0
+    assert capsys.readouterr().out.count("assets/curve.svg: already up to date") == 2
+
+
 def test_usage_errors(run_dir, tmp_path, capsys):
     assert update("--readme", "nothing.md") == 2
     assert capsys.readouterr().err == "update_readme.py: nothing.md isn't a file: name one with --readme\n"
     with pytest.raises(SystemExit) as e:
         update("--che")
     assert e.value.code == 2
+
+
+def test_ctrl_c_is_one_line_and_changes_nothing(run_dir, tmp_path, monkeypatch, capsys):
+    readme = write_readme(tmp_path, "SUMMARY", "CURVE")
+    before = readme.read_bytes()
+    real = os.replace
+
+    def interrupted(source, target):
+        if target == readme:
+            raise KeyboardInterrupt
+        real(source, target)
+
+    monkeypatch.setattr(os, "replace", interrupted)
+    assert update() == 130
+    assert capsys.readouterr().err == "update_readme.py: interrupted\n"
+    assert readme.read_bytes() == before
+    assert not list(tmp_path.rglob("*.part")) and not list(tmp_path.rglob("*.svg"))
 
 
 def test_it_imports_neither_torch_nor_train_py(run_dir, tmp_path):
@@ -281,7 +355,8 @@ def test_it_imports_neither_torch_nor_train_py(run_dir, tmp_path):
     done = subprocess.run([sys.executable, "-c", code], env=environment, check=True, capture_output=True, text=True)
     loaded = done.stdout.splitlines()[-1].split()
     assert "report.pictures" in loaded
-    assert not [name for name in loaded if name.split(".")[0] in ("torch", "train", "support")]
+    shared = [name for name in loaded if name.split(".")[0] in ("torch", "train", "support")]
+    assert shared == ["support", "support.interrupt"]  # which is about Ctrl-C alone
 
 
 def test_the_readme_of_this_project_is_current(monkeypatch):

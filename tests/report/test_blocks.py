@@ -167,6 +167,49 @@ def test_what_was_learned_stands_below_the_metrics(run_dir, tmp_path, config):
         assert update() == 0 and "recall" not in block(readme, "METRICS")
 
 
+SHAPE = {"n_layer": 2, "n_head": 3, "n_embd": 48, "block_size": 64, "tokenizer": "char", "optimizer": "muon"}
+BATCH = {"batch_size": 4, "seq_len": 32, "grad_accum": 2}
+
+
+def test_the_model_is_described_by_what_the_run_has_on_record(run_dir, tmp_path):
+    readme = write_readme(tmp_path, "MODEL")
+    corpus = {"file": "data/*play*.txt", "tokens": 2547, "held_out": 0}
+    put_record(run_dir, config=SHAPE | BATCH, origin=None, processes=2, parameters=12345, corpus=corpus)
+    assert update() == 0
+    said = block(readme, "MODEL")
+    assert said.startswith("This model was trained from scratch on `data/*play*.txt`. It is a GPT-2: ")
+    for row in ("Parameters | 12,345", "Blocks | 2", "Width | 48", "Tokens in a step | 512", "Tokenizer | `char`"):
+        assert f"| {row} |" in said
+    assert "held out" not in said
+    assert_sound_markdown(readme.read_text())
+
+
+@pytest.mark.parametrize(
+    ("changes", "begin"),
+    [
+        (
+            {"origin": "hf"},
+            "This model was trained on `data/sample.txt`, beginning with the weights in `hf`. It is a GPT-2",
+        ),
+        ({"config": SHAPE | {"arch": "mla_moe"}}, "This model was trained from scratch on `data/sample.txt`.\n\n|"),
+        ({"config": {"n_layer": 3}}, "This model was trained from scratch on `data/sample.txt`.\n\n|"),
+        ({"config": None, "parameters": None, "corpus": {}}, "It is not on record what the model is."),
+    ],
+)
+def test_of_a_model_nothing_is_said_that_is_not_on_record(run_dir, tmp_path, changes, begin):
+    readme = write_readme(tmp_path, "MODEL")
+    put_record(run_dir, **{"config": SHAPE, "origin": None} | changes)
+    assert update() == 0
+    assert block(readme, "MODEL").startswith(begin)
+
+
+def test_a_run_that_does_not_say_where_its_weights_began_is_not_called_from_scratch(run_dir, tmp_path):
+    readme = write_readme(tmp_path, "MODEL")
+    put_record(run_dir, config=SHAPE)
+    assert update() == 0
+    assert block(readme, "MODEL").startswith("This model was trained on ")
+
+
 def test_a_foreign_record_breaks_nothing(run_dir, tmp_path):
     readme = write_readme(tmp_path, *update_readme.NAMES)
     odd = {key: [1, {"a": None}] for key in json.loads((run_dir / "run.json").read_text())}

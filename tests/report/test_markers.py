@@ -30,8 +30,8 @@ from run_kit import assert_sound_markdown, block, in_tmp_path, run_dir_fixture, 
         ),
         ("<!--AUTO:LOGS:START-->\n<!--AUTO:LOGS:END-->\n<!--AUTO:LOGS:END-->\n", ["3: LOGS ends without a START"]),
         (
-            "\n<!--AUTO:PLOT:START-->\n<!--AUTO:PLOT:END-->\n",
-            ["2: <!--AUTO:PLOT:START--> is no marker: a marker is <!--AUTO:NAME:START--> or", "3: "],
+            "\n<!--AUTO:GRAPH:START-->\n<!--AUTO:GRAPH:END-->\n",
+            ["2: <!--AUTO:GRAPH:START--> is no marker: a marker is <!--AUTO:NAME:START--> or", "3: "],
         ),
         *[
             (f"{text}\n", [f"1: {text} is no marker: a marker is <!--AUTO:NAME:START--> or <!--AUTO:NAME:END-->"])
