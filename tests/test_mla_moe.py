@@ -252,15 +252,19 @@ def test_every_parameter_gets_a_gradient_and_belongs_to_one_group():
     assert len(grouped) == len({*grouped}) == len(list(model.parameters()))
 
 
-def test_gradient_checkpoints_change_no_gradient():
+def test_gradient_checkpoints_change_no_gradient_and_count_each_load_once():
     gradients = []
+    loads = []
     for grad_checkpoint in (False, True):
         model = small_model().train()
         model.grad_checkpoint = grad_checkpoint
         idx = random_ids(2, 33)
         model(idx[:, :-1], idx[:, 1:], keep_logits=False)[1].backward()
         gradients.append({name: p.grad for name, p in model.named_parameters()})
+        loads.append(model.load)
     assert same_weights(*gradients)
+    assert loads[0].sum() == 2 * 2 * 32 * 2  # layers x rows x tokens x experts of a token
+    assert torch.equal(*loads)
 
 
 # ---- what a token sees ----
