@@ -40,7 +40,8 @@ SHAPE = MLAMoEConfig(
     moe_intermediate_size=32,
     max_position_embeddings=256,
 )
-B, T = 16, 64
+B, T = 16, 32
+PEAK = 1e-2  # of the learning rate
 
 
 # ---- the errors ----
@@ -98,11 +99,11 @@ def trained(vocab_size: int, draw: Callable[[], torch.Tensor], shift: int, steps
     """(the model, its mean loss in the last 20 steps, how many of its parameters got no gradient)."""
     torch.manual_seed(0)
     model = MLAMoE(dataclasses.replace(SHAPE, vocab_size=vocab_size))
-    optimizer = torch.optim.AdamW(model.parameters(), lr=5e-3)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=PEAK)
     losses = []
     for step in range(steps):
         for group in optimizer.param_groups:
-            group["lr"] = 5e-3 * min(1.0, (step + 1) / 20) * (1 - step / steps)
+            group["lr"] = PEAK * min(1.0, (step + 1) / 20) * (1 - step / steps)
         rows = draw()
         loss = model(rows[:, :-1], rows[:, shift : shift + T], keep_logits=False)[1]
         optimizer.zero_grad()
@@ -134,7 +135,7 @@ def sampled(model: MLAMoE, start: torch.Tensor) -> tuple[float, torch.Tensor]:
 def main(argv: Sequence[str] | None = None) -> None:
     flags = cli.program_parser("four_errors.py", "python experiments/four_errors.py [--FLAG VALUE ...]", __doc__)
     flags.add_argument("--input_file", default="data/input.txt", help="(default: data/input.txt)")
-    flags.add_argument("--steps", type=int, default=400, help="(default: 400)")
+    flags.add_argument("--steps", type=int, default=200, help="(default: 200)")
     args = flags.parse_args(argv)
     tokenizer, corpus = load_text(args.input_file, "char", "")
     draw = text_batches(torch.from_numpy(corpus.tokens[:].astype("int64")))

@@ -22,9 +22,10 @@ import train  # noqa: E402
 from support import cli  # noqa: E402
 
 SMALL = "--arch mla_moe --tokenizer char --n_layer 2 --n_head 4 --n_embd 64 --expert_width 64 --block_size 64"
-SMALL += " --seq_len 64 --batch_size 8 --balance_rate 1e-2 --val_fraction 0.1 --eval_batches 100 --target_loss 0"
+SMALL += " --seq_len 64 --batch_size 8 --balance_rate 1e-2 --val_fraction 0.1 --eval_batches 60 --target_loss 0"
 SMALL += " --weight_decay 0 --randomize_batches --num_prompts 0 --recall_places 0 --no_mfu --log_every 1000"
-RATES = (3e-3, 1e-2, 3e-2)
+SMALL += " --save_every 1000 --eval_every 1000"
+RATES = (3e-3, 1e-2)
 
 groups_by_muon = mla_moe.MLAMoE.parameter_groups
 
@@ -58,7 +59,7 @@ def val_loss(optimizer: str, groups, lr: float, flags: Sequence[str]) -> float:
 def main(argv: Sequence[str] | None = None) -> None:
     usage = "python experiments/muon_for_experts.py [--FLAG VALUE ...]"
     flags = cli.program_parser("muon_for_experts.py", usage, __doc__)
-    flags.add_argument("--steps", type=int, default=300, help="(default: 300)")
+    flags.add_argument("--steps", type=int, default=200, help="(default: 200)")
     flags.add_argument("--input_file", default="data/input.txt", help="(default: data/input.txt)")
     args = flags.parse_args(argv)
     rows = []
