@@ -1089,8 +1089,10 @@ class Loop:
 
     def stop_asked(self) -> bool:
         """Did a signal come, to any of the processes?"""
-        self.stop.signum = self.runtime.any(self.stop.signum)
-        return bool(self.stop.signum)
+        signum = self.runtime.any(self.stop.signum)
+        if signum:  # else one may have come while the processes talked: the next time tells all of them
+            self.stop.signum = signum
+        return bool(signum)
 
     def save_is_late(self) -> bool:
         minutes = self.clock.since("save") / 60

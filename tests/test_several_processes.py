@@ -12,12 +12,14 @@ import socket
 import subprocess
 import sys
 import time
+from unittest import mock
 
 import pytest
 import torch
 from conftest import ROOT, log_of, rows_of, same_weights, tiny_flags, weights_of, without_times
 
 import train
+from support.cli import StopSignals
 from support.machine import Runtime, shared_grad_accum
 from support.processes import check_restarts, differences, told_once
 
@@ -59,6 +61,19 @@ def test_for_one_process_the_verbs_change_nothing():
     assert alone.wait() is None
     assert alone.wrap(model) is model
     assert alone.talk_is_free
+
+
+def test_a_signal_that_comes_while_the_processes_talk_is_not_lost():
+    stop = StopSignals()
+
+    def any_process(signum):
+        stop.handle(signal.SIGTERM, None)  # after this process said that it had none
+        return signum
+
+    loop = mock.Mock(stop=stop)
+    loop.runtime.any = any_process
+    assert not train.Loop.stop_asked(loop)
+    assert train.Loop.stop_asked(loop)
 
 
 # ---- what they agree on ----
