@@ -98,7 +98,8 @@ def gpt2_weights(model: torch.nn.Module) -> dict[str, torch.Tensor]:
 
 # What makes config.json, and the weights by their names there, for each architecture.
 LAYOUTS = {"gpt2": (gpt2_config, gpt2_weights), "mla_moe": (deepseek.hf_config, deepseek.hf_weights)}
-KINDS = {"gpt2": "GPT-2", "mla_moe": "A small DeepSeek-V3"}  # for the model card
+# For the model card: what it is, and the tag by which it is found.
+KINDS = {"gpt2": ("GPT-2", "gpt2"), "mla_moe": ("A small DeepSeek-V3", "deepseek_v3")}
 
 
 def hf_generation(config: dict, end_of_text: int | None) -> dict:
@@ -217,16 +218,16 @@ RESULTS = """<!--AUTO:SUMMARY:START-->
 def write_card(folder: Path, title: str, checkpoint: dict, parameters: int, run_dir: Path | None) -> None:
     """README.md: what the model is, and the results of its run. Raises ReadmeError for a run that can't be read."""
     origin = checkpoint.get("origin")
-    arch = checkpoint["config"]["arch"]
+    kind, tag = KINDS[checkpoint["config"]["arch"]]
     stream = checkpoint["config"].get("dataset")
     read = f"on the documents of {code(stream)}" if stream else "on one text"
     how = f"trained from scratch by `train.py` {read}, without any pretrained weights"
     if origin:
         how = f"trained further by `train.py` {read}, from the weights in {code(origin)}"
     text = CARD.format(
-        header=header(title, [arch, "fine-tuned" if origin else "from-scratch"]),
+        header=header(title, [tag, "fine-tuned" if origin else "from-scratch"]),
         title=title,
-        kind=KINDS[arch],
+        kind=kind,
         parameters=parameters,
         how=how,
         step=checkpoint["step"],

@@ -102,9 +102,9 @@ class TrainConfig:
     n_head: int = flag(12, "attention heads in a block", least=1)
     n_embd: int = flag(768, "width of the residual stream", least=1, below=2**20)
     dropout: float = flag(0.0, "probability of dropping an activation in training", least=0, below=1)
-    n_expert: int = flag(7, "of mla_moe: experts among which a router chooses in each block", least=1)
+    n_expert: int = flag(7, "of mla_moe: experts among which a router chooses in each block", least=1, below=1000)
     n_expert_active: int = flag(2, "of mla_moe: how many of them work on a token, beside the shared one", least=1)
-    expert_width: int = flag(0, "of mla_moe: width inside an expert (0: 3/2 of n_embd)", least=0)
+    expert_width: int = flag(0, "of mla_moe: width inside an expert (0: 3/2 of n_embd)", least=0, below=2**20)
     balance_rate: float = flag(1e-3, "of mla_moe: how fast a router evens out its experts' loads", least=0)
 
     batch_size: int = flag(8, "B: windows in a micro-batch (lower it when memory runs out)", "Training", least=1)

@@ -38,6 +38,8 @@ FORMATS = {
     "val_loss": ".6f",
     "lr": ".2e",
     "grad_norm": ".3f",
+    "load_entropy": ".4f",
+    "busiest": ".4f",
     "tok_per_s": ",.1f",
     "elapsed_s": ",.1f",
 }

@@ -14,6 +14,8 @@ from support.cli import RunError, UsageError, is_out_of_memory
 from support.text import Tokenizer, packaged_folder
 
 GPT2_VOCAB_SIZE = 50257
+# train.py's settings that give a model its shape
+SHAPE = ("arch", "n_layer", "n_head", "n_embd", "block_size", "n_expert", "n_expert_active", "expert_width")
 # transformers keeps these as Conv1D, whose matrices are the transposed of nn.Linear's
 TRANSPOSED = ("attn.c_attn.weight", "attn.c_proj.weight", "mlp.c_fc.weight", "mlp.c_proj.weight")
 
@@ -57,17 +59,18 @@ def read_shape(source: Path) -> dict:
         raise UsageError(f"{source} has no config.json of a GPT-2 ({e!r:.80}): name such a folder") from None
     check_kind(source, config, shape["n_embd"], vocab_size)
     check_vocabulary(source)
-    return shape | {"tokenizer": "gpt2"}
+    return shape | {"arch": "gpt2", "tokenizer": "gpt2"}
 
 
 def read_checkpoint_shape(path: Path) -> dict:
     checkpoint = load_checkpoint(path, lazy=True)
     try:
-        shape = {name: checkpoint["model_config"][name] for name in ("n_layer", "n_head", "n_embd", "block_size")}
+        shape = {name: checkpoint["config"][name] for name in SHAPE}
+        shape["block_size"] = int(shape["block_size"])  # the others are looked at as flags are
         if "tokenizer_json" in checkpoint["tokenizer"]:  # whose path may be another one by now: see check_tokens
             return shape
         return shape | {"tokenizer": checkpoint["tokenizer"]["name"]}
-    except (KeyError, TypeError) as e:
+    except (KeyError, TypeError, ValueError) as e:
         raise RunError(f"checkpoint {path} lacks what a model needs ({e!r:.80}): use another one") from None
 
 

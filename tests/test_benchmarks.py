@@ -13,9 +13,9 @@ import train
 from support.inference import Request, Writer, generate
 from support.kernels import attention_by_products
 
-BENCHMARKS = ("checkpoints", "gpu_check", "growth", "large_text", "onnx_check", "overhead", "sampling", "scaling")
-BENCHMARKS += ("throughput",)
-EXPERIMENTS = ("embeddings", "recipe")
+BENCHMARKS = ("billion", "checkpoints", "gpu_check", "growth", "large_text", "onnx_check", "overhead", "sampling")
+BENCHMARKS += ("scaling", "throughput")
+EXPERIMENTS = ("embeddings", "four_errors", "muon_for_experts", "recipe")
 
 with pytest.MonkeyPatch.context() as patch:  # where the scripts find each other
     for folder in ("benchmarks", "experiments", "assets"):
