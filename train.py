@@ -1090,10 +1090,7 @@ class Loop:
 
     def stop_asked(self) -> bool:
         """Did a signal come, to any of the processes?"""
-        signum = self.runtime.any(self.stop.signum)
-        if signum:  # else one may have come while the processes talked: the next time tells all of them
-            self.stop.signum = signum
-        return bool(signum)
+        return self.stop.asked_of_any(self.runtime.any)
 
     def save_is_late(self) -> bool:
         minutes = self.clock.since("save") / 60

@@ -349,6 +349,13 @@ class StopSignals:
         for any_signum in self.previous:
             signal.signal(any_signum, signal.SIG_DFL)
 
+    def asked_of_any(self, largest: Callable[[int], int]) -> bool:
+        """Did a signal come to any of several processes? `largest` gives the largest of their numbers to all."""
+        signum = largest(self.signum)
+        if signum:  # else one that came while they talked would be forgotten
+            self.signum = signum
+        return signum > 0
+
     def poll(self) -> None:
         """Raises Stopped once a signal came."""
         if self.signum:
