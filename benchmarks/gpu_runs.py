@@ -22,7 +22,8 @@ from gpu_kit import CLOSE, SMALL, Check, NotHere, expect, flags_of, make_trainer
 
 import train
 from support import checkpoint, text
-from support.processes import Meeting
+from support.processes import Meeting, Processes
+from support.sharding import Sharded
 
 # ---- saving and resuming ----
 
@@ -166,8 +167,8 @@ def nccl(check: Check, parallel: str) -> dict:
         raise NotHere("no library lets processes talk about what is on MPS")
     alone = steps(make_trainer(check, "fp16"), 5)
     os.environ |= {"RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "localhost", "MASTER_PORT": "0"}
-    config = train.TrainConfig(parallel=parallel)
-    with Meeting().join(start_runtime(check.device, "fp16"), config) as together:
+    kind = {"ddp": Processes, "fsdp": Sharded}[parallel]
+    with kind(start_runtime(check.device, "fp16"), Meeting(), wait_minutes=2) as together:
         gap = widest(steps(make_trainer(check, "fp16", together, parallel=parallel), 5), alone)
         expect(together.first("a") == "a", "what the first process says doesn't arrive")
         expect(together.any(3) == 3 and together.gather({"a": 1}) == [{"a": 1}], "what a process says doesn't arrive")

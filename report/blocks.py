@@ -6,8 +6,9 @@ import math
 from collections.abc import Iterator, Sequence
 from datetime import datetime
 
+from report.log import Line, Log
 from report.markdown import code, duration, fence, plain, table
-from report.run import FORMATS, Row, Run, finite, step_of, thin, under_or_not
+from report.run import FORMATS, Row, Run, finite, thin, under_or_not
 
 METRICS_ROWS = 6  # evenly spaced; the best of each loss may add one more
 SAMPLE_LINES = 200
@@ -36,6 +37,7 @@ def summary(run: Run) -> str:
     lines += losses(run)
     lines.append(final_loss(run))
     lines += cost(run)
+    lines += load(run)
     logged = f"Logged rows: **{len(run.rows)}**"
     if not run.rows:
         logged += ", no step has been logged yet"
@@ -47,7 +49,7 @@ def time_of(run: Run) -> str | None:
     """When the run ended, or else of its last word, or else when it began."""
     if run.text("end"):
         return run.text("end")
-    closing = run.closing()
+    closing = run.log.closing()
     if closing:
         time, _ = closing[-1]
         return time
@@ -72,7 +74,7 @@ def how_it_ended(run: Run) -> str:
         return f"**{plain(ended)}**{where}"
     if "ended" in run.record:
         return "not yet: still running, or stopped without a word"
-    messages = [code(message) for _, message in run.closing()[-3:]]
+    messages = [code(message) for _, message in run.log.closing()[-3:]]
     if not messages:
         return "not on record"
     return f"not on record; the log closes with {', '.join(messages)}"
@@ -80,7 +82,7 @@ def how_it_ended(run: Run) -> str:
 
 def losses(run: Run) -> Iterator[str]:
     """The best and the last, each with its step."""
-    remarks = {"loss": "", "avg_loss": " (a full pass)", "val_loss": ""}
+    remarks = {"loss": "", "avg_loss": f" ({run.averaged_over()})", "val_loss": ""}
     if run.measure() == "avg_loss":
         remarks["loss"] = " (one step)"
     for key, remark in remarks.items():
@@ -94,7 +96,7 @@ def losses(run: Run) -> Iterator[str]:
 
 
 def final_loss(run: Run) -> str:
-    """Was the target met? Only the proof over the whole text, final_loss, can tell."""
+    """Was the target met? Only the proof, final_loss, can tell."""
     target = run.target_loss()
     final = run.number("final_loss")
     if final is not None:
@@ -125,6 +127,18 @@ def cost(run: Run) -> Iterator[str]:
         yield text
     elif tokens and seconds:
         yield f"Trained: {tokens:,.0f} tokens in {duration(seconds)}"
+
+
+def load(run: Run) -> Iterator[str]:
+    """How evenly the experts shared the work at the end, where there are any."""
+    rows = run.with_figure("busiest")
+    if not rows:
+        return
+    text = f"Experts: at the end the busiest one of a layer had **{rows[-1]['busiest']:.0%}** of its work"
+    number = finite(run.settings().get("n_expert"))
+    if number and number > 0:
+        text += f" (evenly shared: {1 / number:.0%})"
+    yield text
 
 
 def figure(row: Row, key: str) -> str:
@@ -317,41 +331,41 @@ def end_of_sample(lines: Sequence[str]) -> int:
 
 def logs(run: Run) -> str:
     """The log's opening, a few steps, evenly spaced, and its closing."""
-    if not any(line.strip() for line in run.log):
+    log = run.log
+    if log.is_empty():
         return "No log has been written yet."
-    shown = lines_to_show(run.log)
-    text = fence("\n".join(cut(run.log[i]) for i in shown).strip("\n"))
-    if len(shown) == len(run.log):
+    shown = lines_to_show(log)
+    text = fence("\n".join(cut(line) for _, line in shown).strip("\n"))
+    if len(shown) == log.count:
         return text
-    return f"{text}\n\n{len(shown)} of {len(run.log):,} lines of the log."
+    return f"{text}\n\n{len(shown)} of {log.count:,} lines of the log."
 
 
-def lines_to_show(log: Sequence[str]) -> list[int]:
-    """The indices of the lines that tell most, in order."""
-    count = len(log)
-    if count <= LOG_LINES:
-        return list(range(count))
-    steps = [i for i, line in enumerate(log) if step_of(line)]
+def lines_to_show(log: Log) -> list[Line]:
+    """The lines that tell most, in order."""
+    if log.count <= LOG_LINES:
+        return log.opening
+    steps = log.some_steps()
     if not steps:
         edge = LOG_LINES // 2
-        return [*range(edge), *range(count - edge, count)]
-    shown = set(range(min(LOG_OPENING, steps[0])))
+        return log.opening[:edge] + log.behind[-edge:]
+    first_step, _ = steps[0]
+    shown = set(log.opening[: min(LOG_OPENING, first_step)])
     for i in thin(len(steps), LOG_STEPS):
         shown.add(steps[i])
-    shown.update(closing_lines(log, steps[-1] + 1))
+    shown.update(closing_lines(log.behind))
     return sorted(shown)
 
 
-def closing_lines(log: Sequence[str], after: int) -> list[int]:
+def closing_lines(behind: Sequence[Line]) -> Sequence[Line]:
     """The log's last line, and before it those in which it is said how the run ended, if it is."""
-    behind = list(range(after, len(log)))
     if len(behind) <= LOG_CLOSING:
         return behind
-    first = len(log) - LOG_CLOSING
-    for i in behind:
-        if "| Ended:" in log[i]:
+    first = len(behind) - LOG_CLOSING
+    for i, (_, line) in enumerate(behind):
+        if "| Ended:" in line:
             first = min(first, i)
-    return [*range(first, first + LOG_CLOSING - 1), len(log) - 1]
+    return [*behind[first : first + LOG_CLOSING - 1], behind[-1]]
 
 
 def cut(line: str) -> str:

@@ -52,7 +52,7 @@ def markdown(block: str) -> str:
 
 
 def section(title: str, content: str) -> str:
-    """"" where there is nothing to show."""
+    """ "" where there is nothing to show."""
     if not content:
         return ""
     return f"<section>\n<h2>{title}</h2>\n{content}</section>"
@@ -122,7 +122,7 @@ def samples(run: Run) -> str:
 
 
 def outputs(block: str) -> dict[str, str]:
-    """{prompt: what the model wrote after it} of a block; a block of another program's is an output without a prompt."""
+    """{prompt: what the model wrote after it} of a block. One of another program is an output without a prompt."""
     found = {prompt.strip(): output.strip("\n") for prompt, output in PROMPT.findall(block)}
     return found or {"": block}
 
@@ -148,6 +148,6 @@ def card(run: Run, step: int | None, output: str) -> str:
 
 
 def log(run: Run) -> str:
-    if not run.log:
+    if not run.log.count:
         return ""
     return f"<details><summary>Its opening, some steps, its closing</summary>\n{markdown(blocks.logs(run))}</details>\n"

@@ -9,19 +9,21 @@ Runs of other programs are read too: their files may stand at other places under
 
 from __future__ import annotations
 
-import ast
-import contextlib
 import csv
+import functools
 import json
 import math
 import os
 import re
 import shlex
 import sys
-from collections.abc import Iterable, Sequence
+from collections import deque
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from report.lines import read_lines
+from report.log import Log, Row
 from report.markdown import harmless
 
 # What other programs call the columns of their CSV.
@@ -36,25 +38,14 @@ FORMATS = {
     "val_loss": ".6f",
     "lr": ".2e",
     "grad_norm": ".3f",
+    "load_entropy": ".4f",
+    "busiest": ".4f",
     "tok_per_s": ",.1f",
     "elapsed_s": ",.1f",
-}
-LOG_LINE = re.compile(r"(?P<time>\d{4}-\d\d-\d\d[ T]\d\d:\d\d:\d\d)[,.\d]*Z? *\| *\w+ *\| *(?P<message>.*)")
-# The message of a step begins with `step 10/30`; its figures stand behind that.
-LOG_STEP = re.compile(r"(?:^|[|\]:>]\s{0,9})(?:global_)?(?:step|iter|iteration)[ :=]{1,12}(\d[\d,]{0,14})\b", re.I)
-NUMBER = r"[ :=]{1,12}([-+]?(?:\d[\d,]*\.?\d*(?:e[-+]?\d+)?|nan|inf))(?![\w%]|\.\w)"
-LOG_FIGURES = {
-    "loss": re.compile(rf"(?<!best )(?<!val )\b(?:train_)?loss{NUMBER}", re.I),
-    "lr": re.compile(rf"\blr{NUMBER}", re.I),
-    "tok_per_s": re.compile(rf"\btok/s{NUMBER}", re.I),
-    "avg_loss": re.compile(rf"\bavg_loss{NUMBER}", re.I),
-    "val_loss": re.compile(rf"\bval[_ ]loss{NUMBER}", re.I),
-    "epoch": re.compile(rf"\bepoch{NUMBER}", re.I),
 }
 SAMPLE_HEAD = re.compile(r"^={20,}[ \t]*\n+STEP[ \t:]+(\d{1,15})[^\n]*\n", re.M)
 LEFT_OUT_NAMED = 3  # rows of a CSV that are left out and named one by one; the others are counted
 
-Row = dict[str, float]  # the figures of a logged step; keys are those of FORMATS
 Sample = tuple[int | None, str]  # (step, text) of a block of samples.txt; None where the step isn't on record
 
 
@@ -101,7 +92,7 @@ class Run:
     folder: str  # as the README names it
     record: dict  # run.json; {} where there is none
     rows: list[Row]  # the logged steps, each once, in order
-    log: list[str]
+    log: Log
     samples: list[Sample]  # in the order in which they were written
     beside: tuple[Run, ...] = ()  # the published runs on the same text
     held_out: tuple[Run, ...] = ()  # the published runs that held some of it out
@@ -120,11 +111,21 @@ class Run:
         value = self.record.get(name)
         return value if isinstance(value, dict) else {}
 
+    @functools.cached_property
+    def found(self) -> dict[str, list[Row]]:
+        """What with_figure found: it is asked often, and there may be a million rows."""
+        return {}
+
     def with_figure(self, key: str) -> list[Row]:
-        """The rows that have a finite `key`. For avg_loss: only those since the first full pass."""
+        """The rows that have a finite `key`. For avg_loss: only those since it is the mean of what it should be of."""
+        if key in self.found:
+            return self.found[key]
         rows = [row for row in self.rows if math.isfinite(row.get(key, math.nan))]
-        if key == "avg_loss":
+        if key == "avg_loss" and self.avg_steps():
+            rows = [row for row in rows if row["step"] >= self.avg_steps()]
+        elif key == "avg_loss":
             rows = [row for row in rows if row.get("epoch", 1) >= 1]
+        self.found[key] = rows
         return rows
 
     def best(self, key: str) -> Row | None:
@@ -135,16 +136,23 @@ class Run:
         """The loss that tells most: avg_loss, where there is one of a full pass."""
         return "avg_loss" if self.best("avg_loss") else "loss"
 
+    def avg_steps(self) -> float:
+        """Of a run on a stream, which has no pass: how many steps avg_loss is the mean of. 0 for a run on a text."""
+        if "tokens" not in self.part("corpus") or self.part("corpus")["tokens"] is not None:
+            return 0.0
+        return finite(self.settings().get("avg_steps")) or 0.0
+
+    def averaged_over(self) -> str:
+        """What avg_loss is the mean over."""
+        steps = self.avg_steps()
+        return f"the last {steps:,.0f} steps" if steps else "a full pass"
+
     def settings(self) -> dict:
         """The configuration, from run.json or else from the log's line `Args: {...}`."""
         config = self.record.get("config")
         if isinstance(config, dict):
             return config
-        for line in reversed(self.log):  # the last start comes first
-            args = read_args(line.partition("Args: ")[2])
-            if args is not None:
-                return args
-        return {}
+        return self.log.settings()
 
     def target_loss(self) -> float:
         """0 where there is none."""
@@ -155,6 +163,8 @@ class Run:
 
     def proven_over(self) -> str:
         """What final_loss is the mean over."""
+        if self.avg_steps():
+            return "the held-out documents"
         if finite(self.part("corpus").get("held_out")):
             return "all of the text but what was held out"
         return "the whole text"
@@ -167,22 +177,6 @@ class Run:
                     return step, text
         return None, ""
 
-    def closing(self) -> list[tuple[str, str]]:
-        """(time, message) of what follows the log's last step, or else of its last line."""
-        found = []
-        after_last_step = 0
-        for line in self.log:
-            match = LOG_LINE.match(line)
-            if not match:
-                continue
-            message = match["message"]
-            found.append((match["time"].replace("T", " "), message))
-            if step_of(message):
-                after_last_step = len(found)
-        if after_last_step in (0, len(found)):
-            return found[-1:]
-        return found[after_last_step:]
-
 
 def read_run(folder: Path, name: str) -> tuple[Run, list[str]]:
     """(the run, notes on what was passed over). Raises ReadmeError where there is no run, or one that can't be read."""
@@ -194,10 +188,13 @@ def read_run(folder: Path, name: str) -> tuple[Run, list[str]]:
     if not (log_file or csv_file or sample_file or record_file.is_file()):
         raise ReadmeError(f"{folder} holds no run: {where_a_run_is(folder)}")
     record = read_record(record_file)
-    log = read_log(log_file) if log_file else []
     rows = read_metrics(csv_file, notes) if csv_file else []
-    if not rows:
-        rows = rows_of_log(log)
+    log = Log()
+    steps = log.read(log_file) if log_file else iter(())
+    if rows:
+        deque(steps, maxlen=0)  # reads them, and keeps none
+    else:
+        rows = in_order(steps)
         if rows:
             notes.append(f"{folder} has no CSV with steps: the log serves")
     samples = read_samples(sample_file) if sample_file else []
@@ -273,84 +270,20 @@ def read_samples(path: Path) -> list[Sample]:
     return [(int(step), text.strip("\n")) for step, text in zip(parts[1::2], parts[2::2], strict=True)]
 
 
-# ---- The log ----
-
-
-def read_log(path: Path) -> list[str]:
-    """The log's lines. The last one is left out if it has no line end and seems to be cut."""
-    lines = read_text(path).replace("\r", "\n").split("\n")  # a progress bar goes back by a bare \r
-    last = lines.pop()
-    if not seems_cut(last, lines):
-        lines.append(last)
-    return lines
-
-
-def seems_cut(last: str, lines: Sequence[str]) -> bool:
-    """A step's line is cut if it looks unlike the step before it; another line if it has no words."""
-    if not LOG_STEP.search(last[:500]):
-        return not re.search(r"[^\W\d]", last)
-    step_before = ""
-    for line in reversed(lines):
-        if step_of(line):
-            step_before = line
-            break
-    return form(last) != form(step_before)
-
-
-def form(line: str) -> tuple[int, str]:
-    """How many fields a step's line has, and how its last one looks, digit by digit behind the point."""
-    last_field = line.rpartition("|")[2]
-    shape = re.sub(r"\d+(?=\.|$)", "0", last_field, count=1)
-    return line.count("|"), shape.replace("0.", ".")
-
-
-def step_of(line: str) -> Row | None:
-    """The figures of a log line that tells of a step; None if it doesn't."""
-    head = LOG_STEP.search(line[:500])
-    if not head:
-        return None
-    row: Row = {"step": int(head[1].replace(",", ""))}
-    for key, pattern in LOG_FIGURES.items():
-        found = pattern.search(line[:2000], head.end())
-        if found:
-            row[key] = float(found[1].replace(",", ""))
-    if "loss" in row or "val_loss" in row:
-        return row
-    return None
-
-
-def rows_of_log(log: Sequence[str]) -> list[Row]:
-    steps = map(step_of, log)
-    return in_order(row for row in steps if row)
-
-
-def read_args(text: str) -> dict | None:
-    """The settings behind `Args: `: this program writes JSON there, other programs write Python."""
-    if not text.startswith("{"):
-        return None
-    for read in (json.loads, ast.literal_eval):
-        with contextlib.suppress(ValueError, TypeError, SyntaxError, RecursionError, MemoryError):
-            value = read(text)
-            if isinstance(value, dict):
-                return value
-    return None
-
-
 # ---- The CSV ----
 
 
 def read_metrics(path: Path, notes: list[str]) -> list[Row]:
     """The CSV's rows, each step once. What is left out is noted."""
-    text = read_text(path)
-    lines = [(number, line) for number, line in enumerate(text.split("\n"), 1) if line.strip()]
-    if not lines:
+    lines = numbered_lines(path)
+    number, first_line = next(lines, (0, ""))
+    if not first_line:
         return []
-    first_number, first_line = lines[0]
     header = read_header(first_line)
     if "step" not in header or "loss" not in header:
-        notes.append(f"{path}:{first_number}: the columns step and loss aren't there")
+        notes.append(f"{path}:{number}: the columns step and loss aren't there")
         return []
-    rows, left_out = read_rows(lines, header, open_end=not text.endswith("\n"))
+    rows, left_out = read_rows(lines, first_line, header)
     for number, why in left_out[:LEFT_OUT_NAMED]:
         notes.append(f"{path}:{number}: row left out, since {why}")
     if len(left_out) > LEFT_OUT_NAMED:
@@ -363,9 +296,16 @@ def read_metrics(path: Path, notes: list[str]) -> list[Row]:
     return kept
 
 
+def numbered_lines(path: Path) -> Iterator[tuple[int, str]]:
+    """(number, line) of each that isn't blank, with its end."""
+    for number, line in enumerate(read_lines(path), 1):
+        if line.strip():
+            yield number, line
+
+
 def read_header(line: str) -> list[str]:
     """The names of the columns, by the names that FORMATS has."""
-    names = [name.strip(' "').lower() for name in line.split(",")]
+    names = [name.strip(' "\n').lower() for name in line.split(",")]
     header = []
     for name in names:
         known = ALIASES.get(name, name)
@@ -376,19 +316,19 @@ def read_header(line: str) -> list[str]:
 
 
 def read_rows(
-    lines: Sequence[tuple[int, str]], header: Sequence[str], open_end: bool
+    lines: Iterable[tuple[int, str]], first_line: str, header: Sequence[str]
 ) -> tuple[list[Row], list[tuple[int, str]]]:
     """(the rows below the header, (line number, why) of each line that is no row)."""
-    first_line = lines[0][1].strip()
-    last_number = lines[-1][0]
+    columns = [(i, key) for i, key in enumerate(header) if key in FORMATS]
     rows = []
     left_out = []
-    for number, line in lines[1:]:
-        may_be_cut = open_end and number == last_number
-        row = read_row(line, header, may_be_cut)
+    for number, line in lines:
+        may_be_cut = not line.endswith("\n")
+        cells = read_cells(line)
+        row = read_row(cells, columns, may_be_cut) if len(cells) == len(header) else None
         if row:
             rows.append(row)
-        elif line.strip() == first_line:
+        elif line.strip() == first_line.strip():
             continue  # the header again, of a run that was begun anew, is no loss
         elif may_be_cut:
             left_out.append((number, "it has no line end, so it may be cut"))
@@ -397,18 +337,17 @@ def read_rows(
     return rows, left_out
 
 
-def read_row(line: str, header: Sequence[str], may_be_cut: bool) -> Row | None:
-    """The figures of a line, or None. Where the line may be cut, its last figure doesn't count."""
-    cells = read_cells(line)
-    if len(cells) != len(header):
-        return None
-    if may_be_cut:
-        cells.pop()
+def read_row(cells: Sequence[str], columns: Sequence[tuple[int, str]], may_be_cut: bool) -> Row | None:
+    """The figures of a line, given (place, name) of each column that is read, or None. Where the line may be cut, its
+    last figure doesn't count."""
     row: Row = {}
-    for key, cell in zip(header, cells, strict=False):
-        number = to_float(cell)
-        if key in FORMATS and number is not None:
-            row[key] = number
+    for i, key in columns:
+        if may_be_cut and i == len(cells) - 1:
+            continue
+        try:
+            row[key] = float(cells[i])
+        except ValueError:
+            continue  # an empty cell, or words
     step = finite(row.pop("step", None))
     if step is None or not row:
         return None
@@ -422,12 +361,6 @@ def read_cells(line: str) -> list[str]:
         return next(csv.reader([line.replace("\0", "")], skipinitialspace=True))
     except csv.Error:
         return []
-
-
-def to_float(text: str) -> float | None:
-    with contextlib.suppress(ValueError):
-        return float(text)
-    return None
 
 
 def in_order(rows: Iterable[Row]) -> list[Row]:

@@ -195,7 +195,11 @@ def whole_folder(folder: Path):
     folder = folder.resolve()
     part = part_beside(folder.with_name(f".{folder.name}"))
     remove(part)
-    part.mkdir(parents=True)
+    try:
+        part.mkdir(parents=True)
+    except OSError as e:
+        e.filename = str(folder)  # what was asked for, and not what nobody has heard of
+        raise
     try:
         with naming(folder):
             yield part
@@ -209,11 +213,41 @@ def move_files(source: Path, target: Path) -> None:
     if not target.exists():
         source.rename(target)
         return
+    check_places(source, target)
+    if source.stat().st_dev == target.stat().st_dev:
+        for_each_file(source, target, replace)
+    else:  # a disk of its own, which may be full: all of them are brought there first, since a rename tears no file
+        inside = part_beside(target / f".{target.name}")
+        try:
+            for_each_file(source, inside, copy)
+            for_each_file(inside, target, replace)
+        finally:
+            remove(inside)
+
+
+def for_each_file(source: Path, target: Path, do: Callable[[Path, Path], None]) -> None:
+    """Calls `do` with each file of a folder and its place in the other one."""
     for path in sorted(source.rglob("*")):
         if path.is_file():
             place = target / path.relative_to(source)
             place.parent.mkdir(parents=True, exist_ok=True)
-            shutil.move(path, place)  # unlike os.replace, also onto another disk that is mounted there
+            do(path, place)
+
+
+def check_places(source: Path, target: Path) -> None:
+    """Raises OSError where a file would meet a folder, or a folder a file: before any has been moved."""
+    for path in source.rglob("*"):
+        place = target / path.relative_to(source)
+        if place.exists() and place.is_dir() != path.is_dir():
+            number = errno.EISDIR if place.is_dir() else errno.ENOTDIR
+            raise OSError(number, os.strerror(number), str(place))
+
+
+def copy(source: Path, target: Path) -> None:
+    """Unlike shutil.copy, it doesn't say of a full disk that it was the source's."""
+    with open(source, "rb") as there, open(target, "wb") as here:
+        shutil.copyfileobj(there, here)
+    shutil.copymode(source, target)
 
 
 class PatientFile:

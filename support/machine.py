@@ -29,26 +29,16 @@ from support.kernels import updates_here
 class Alone:
     """Where the processes of a run meet before it begins: for one that has no others."""
 
+    world_size = 1
+
     def agreed(self, make: Callable):
         """The settings that `make` returns, when all processes have come this far and have the same. Raises UsageError
         or RunError."""
         return make()
 
-    def join(self, alone: Runtime, settings) -> Runtime:
-        """The Runtime of a process among the others."""
-        return alone
-
     def say(self, name: str, sentence: str) -> None:
         """A sentence on stderr. Of several processes only one says it."""
         say(name, sentence)
-
-
-def meet() -> Alone:
-    if int(os.environ.get("WORLD_SIZE", 1)) == 1:
-        return Alone()
-    from support.processes import Meeting
-
-    return Meeting()
 
 
 @dataclass
@@ -195,6 +185,15 @@ def start_runtime(device: str = "auto", amp: str = "auto", deterministic: bool =
 
 
 # ---- device and precision ----
+
+
+def to_device(ids: torch.Tensor, device: torch.device) -> torch.Tensor:
+    """From pinned memory, ids travel to a CUDA GPU while the program goes on. On MPS that corrupts data (pytorch
+    139550, 189690)."""
+    on_cuda = device.type == "cuda"
+    if on_cuda:
+        ids = ids.pin_memory()
+    return ids.to(device, non_blocking=on_cuda)
 
 
 def device_present(name: str) -> bool:

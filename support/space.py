@@ -6,9 +6,10 @@ import importlib.metadata
 import shutil
 from pathlib import Path
 
-from support.checkpoint import load_checkpoint
+from support.checkpoint import load_checkpoint, load_model, save_checkpoint
 from support.cli import UsageError
 from support.files import whole_folder
+from support.rounding import DTYPES, round_weights
 from support.rundir import run_around
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -30,7 +31,7 @@ GPT-2 124M, trained from scratch on one text by `train.py`, and a page that cont
 """
 
 
-def make_space(checkpoint: Path, folder: Path) -> None:
+def make_space(checkpoint: Path, folder: Path, architectures: dict, dtype: str = "fp32") -> None:
     """All that a Space needs, in one folder. Raises RunError, UsageError or OSError."""
     if folder.is_dir() and any(folder.iterdir()):
         raise UsageError(f"{folder} isn't empty: name another folder")
@@ -39,6 +40,8 @@ def make_space(checkpoint: Path, folder: Path) -> None:
     with whole_folder(folder) as part:
         copy_program(part)
         copy_run(checkpoint, part / "out")
+        if dtype != "fp32":
+            round_checkpoint(part / "out" / "checkpoints" / "best.pt", architectures, dtype)
         (part / "README.md").write_text(SPACE.format(version=gradio), encoding="utf-8")
         (part / ".gitattributes").write_text("*.pt filter=lfs diff=lfs merge=lfs -text\n", encoding="utf-8")
     print(f"Written: push {folder} to a Gradio Space", flush=True)
@@ -66,3 +69,13 @@ def copy_run(checkpoint: Path, out_dir: Path) -> None:
         if source.is_file():
             target.parent.mkdir(parents=True, exist_ok=True)
             shutil.copyfile(source, target)
+
+
+def round_checkpoint(path: Path, architectures: dict, dtype: str) -> None:
+    """Makes the file half as large: its weights rounded to `dtype`, which load as fp32 again."""
+    model, _, content = load_model(path, architectures, lazy=False)
+    round_weights(model, dtype)
+    content.pop("optimizer", None)  # a last.pt has it, and nobody trains in a Space
+    for p in model.parameters():
+        p.data = p.data.to(DTYPES[dtype])
+    save_checkpoint(path, content | {"model": model.state_dict()})  # which has tied weights once

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import functools
 import multiprocessing
+import os
 import shutil
+import subprocess
 import time
 
 import pytest
@@ -55,6 +58,23 @@ def stop_at(step: int, monkeypatch) -> None:
 
 def no_space(*_):
     raise OSError(errno.ENOSPC, "No space left on device")
+
+
+may_mount = shutil.which("mount") and hasattr(os, "geteuid") and os.geteuid() == 0
+needs_root = pytest.mark.skipif(not may_mount, reason="needs root")
+
+
+@contextlib.contextmanager
+def small_disk(path, size: str):
+    """While entered, a folder is a disk of its own."""
+    path.mkdir()
+    done = subprocess.run(["mount", "-t", "tmpfs", "-o", f"size={size}", "tmpfs", str(path)], capture_output=True)
+    if done.returncode:
+        pytest.skip("no right to mount a small disk here")
+    try:
+        yield
+    finally:
+        subprocess.run(["umount", str(path)], check=True)
 
 
 @functools.cache

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import base64
 import contextlib
 import html
 import json
+import math
 import os
 import re
 import shutil
@@ -23,7 +25,9 @@ from conftest import PLAY, ROOT, TINY
 
 import app
 import train
+import update_readme
 from support import door, text
+from support.checkpoint import load_checkpoint
 from support.inference import PAGE_BOUNDS
 
 HOW_IT_WORKS = ROOT / "docs" / "how-it-works.md"
@@ -242,11 +246,32 @@ def test_with_a_checkpoint_that_is_not_there_the_page_says_what_to_do(tmp_path):
     assert page.status() in shown
 
 
+@pytest.mark.skipif(os.name != "posix", reason="pipes of POSIX")
+def test_a_checkpoint_that_is_a_pipe_is_told_on_the_page_and_not_waited_for(tmp_path):
+    os.mkfifo(tmp_path / "best.pt")
+    assert "is a pipe or a device" in app.Page(tmp_path / "best.pt").status()
+
+
+@pytest.mark.parametrize(
+    ("step", "weight", "words"), [("seven", 0.0, "of this program"), (5, math.nan, "isn't finite")]
+)
+def test_a_checkpoint_that_makes_no_sense_is_told_on_the_page(checkpoint, tmp_path, step, weight, words):
+    content = load_checkpoint(checkpoint)
+    content["step"] = step
+    content["model"]["transformer.wte.weight"][0, 0] = weight
+    torch.save(content, tmp_path / "best.pt")
+    page = app.Page(tmp_path / "best.pt")
+    assert words in page.status()
+    assert page.writer is None
+
+
 def test_the_run_is_shown_with_its_curve_and_what_it_learned(page):
     text, curve = page.training()
     assert "steps done" in text
     assert "Longest run of each sample" in text
     assert curve.startswith("<svg")
+    data = re.search(r'download="report.html" href="data:text/html;base64,([^"]+)"', curve)[1]
+    assert "<h2>How its text grew</h2>" in base64.b64decode(data).decode()
 
 
 def test_records_that_cannot_be_read_are_one_sentence(checkpoint, tmp_path):
@@ -419,6 +444,23 @@ def test_a_browser_marks_what_is_wrong_until_it_is_right(tab):
     tab.fill("#temperature input", "0.5")
     tab.click("#generate")
     expect(tab, "#line").to_contain_text("4 of 4 tokens")
+
+
+@needs_chromium
+@pytest.mark.parametrize("width", [390, 1280])
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+def test_a_report_fits_a_phone_and_a_desk_by_day_and_by_night(browser, checkpoint, tmp_path, width, scheme):
+    path = tmp_path / "report.html"
+    assert update_readme.main(["--run_dir", str(checkpoint.parent.parent), "--html", str(path)]) == 0
+    with browser.new_context(viewport={"width": width, "height": 900}, color_scheme=scheme) as context:
+        tab = context.new_page()
+        asked = []
+        tab.on("request", lambda request: asked.append(request.url))
+        tab.goto(path.as_uri())
+        assert tab.evaluate("document.documentElement.scrollWidth") <= width
+        paper = tab.evaluate("getComputedStyle(document.body).backgroundColor")
+        assert paper == ("rgb(255, 255, 255)" if scheme == "light" else "rgb(13, 17, 23)")
+        assert not [url for url in asked if not url.startswith(("file:", "data:"))]
 
 
 @needs_chromium

@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
 import logging
 import math
 import os
 import shutil
-import subprocess
 import threading
 import time
 
@@ -17,8 +15,10 @@ import torch
 from checkpoint_kit import (  # noqa: F401  (fixtures)
     SETTINGS,
     finished_fixture,
+    needs_root,
     no_space,
     out_fixture,
+    small_disk,
     step_in,
     steps_of,
     stop_at,
@@ -390,19 +390,7 @@ def test_rows_wait_in_memory_while_the_disk_is_full(tiny, tmp_path, monkeypatch)
     assert "Training goes on, and the next save tries again" in log  # of the save at step 10
 
 
-@contextlib.contextmanager
-def small_disk(path, size: str):
-    path.mkdir()
-    done = subprocess.run(["mount", "-t", "tmpfs", "-o", f"size={size}", "tmpfs", str(path)], capture_output=True)
-    if done.returncode:
-        pytest.skip("no right to mount a small disk here")
-    try:
-        yield
-    finally:
-        subprocess.run(["umount", str(path)], check=True)
-
-
-@pytest.mark.skipif(not shutil.which("mount") or not hasattr(os, "geteuid") or os.geteuid(), reason="needs root")
+@needs_root
 def test_on_a_disk_that_is_really_full(tmp_path, monkeypatch):
     """It fills up before the save at step 20, and has room again before the end."""
     disk = tmp_path / "disk"
@@ -427,7 +415,7 @@ def test_on_a_disk_that_is_really_full(tmp_path, monkeypatch):
         assert steps_of(disk / "out") == list(range(1, 31))
 
 
-@pytest.mark.skipif(not shutil.which("mount") or not hasattr(os, "geteuid") or os.geteuid(), reason="needs root")
+@needs_root
 def test_to_resume_on_a_full_disk_says_how_much_is_needed_and_where(out, tmp_path, capsys):
     disk = tmp_path / "disk"
     with small_disk(disk, "2m"):

@@ -23,11 +23,12 @@ from support import cli, inference
 from support.checkpoint import load_checkpoint
 from support.cli import RunError, UsageError
 from support.presets import PRESETS
+from support.settings import from_flags
 
 
 def read(tmp_path, *words: str) -> train.TrainConfig:
     """What the flags of a run of the demo mean."""
-    return train.config_from_flags(["--preset", "demo", "--out_dir", str(tmp_path / "run"), *words])
+    return from_flags(train.TrainConfig, ["--preset", "demo", "--out_dir", str(tmp_path / "run"), *words])
 
 
 def flag_problems(tmp_path, *words: str) -> list[str]:
@@ -113,7 +114,7 @@ def test_no_flags_ever_end_in_a_traceback(pairs):
         if value is not None:
             words.append(str(value))
     try:
-        train.config_from_flags(words)
+        from_flags(train.TrainConfig, words)
     except (UsageError, RunError) as e:
         assert str(e)
 

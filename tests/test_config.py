@@ -9,6 +9,7 @@ import train
 from support import cli
 from support.cli import UsageError
 from support.presets import PRESETS
+from support.settings import from_flags
 
 # The command line that users have in their notes: a name or a default may only change on purpose.
 CONTRACT = {
@@ -163,17 +164,17 @@ def test_epochs_become_steps(tiny):
 def test_a_short_trial_of_any_preset_needs_no_other_flag(preset, tmp_path):
     run_dir = str(tmp_path / "run")
     flags = ["--preset", preset, "--steps", "5", "--device", "cpu", "--out_dir", run_dir]
-    train.config_from_flags(flags).completed(100, 1)  # neither complains
+    from_flags(train.TrainConfig, flags).completed(100, 1)  # neither complains
 
 
 def test_the_published_run_warms_up_in_60_steps(tmp_path):
-    config = train.config_from_flags(["--preset", "shakespeare", "--out_dir", str(tmp_path / "run")])
+    config = from_flags(train.TrainConfig, ["--preset", "shakespeare", "--out_dir", str(tmp_path / "run")])
     assert config.completed(100, 1).warmup_steps == 60
 
 
 def test_the_other_name_of_a_preset_is_the_same_preset(tmp_path):
     words = ["--out_dir", str(tmp_path / "run"), "--input_file", str(PLAY), "--device", "cpu"]
-    configs = [train.config_from_flags(["--preset", name, *words]) for name in ("muon", "shakespeare")]
+    configs = [from_flags(train.TrainConfig, ["--preset", name, *words]) for name in ("muon", "shakespeare")]
     assert configs[0] == configs[1]
     assert configs[0].optimizer == "muon"
 
@@ -184,7 +185,7 @@ def test_the_other_name_of_a_preset_is_the_same_preset(tmp_path):
 def test_a_place_that_cannot_be_read_hides_no_other_problem(words):
     """Nothing is known then of the settings below the flags, so that no length is asked for."""
     with pytest.raises(UsageError) as caught:
-        train.config_from_flags(["--stepz", "5", "--lr", "-1", "--n_head", "many", *words])
+        from_flags(train.TrainConfig, ["--stepz", "5", "--lr", "-1", "--n_head", "many", *words])
     problems = caught.value.problems
     assert [problem for problem in problems if "Unreadable" in problem] == []
     for word in ("--stepz is unknown", "lr -1.0 is too small", "n_head 'many' isn't a whole number"):

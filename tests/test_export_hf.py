@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
 
 import pytest
 import torch
+from checkpoint_kit import needs_root, small_disk
 from conftest import PLAY, ROOT, SHAKESPEARE, TINY, needs_shakespeare
 
 import export_hf
@@ -222,6 +224,17 @@ def test_a_file_in_the_folders_place_is_one_sentence(best, tmp_path, capsys):
     assert (tmp_path / "hf").read_text() == "mine"
 
 
+@needs_root
+def test_a_disk_that_is_read_only_is_one_sentence(best, tmp_path, capsys):
+    disk = tmp_path / "disk"
+    with small_disk(disk, "200k"):
+        subprocess.run(["mount", "-o", "remount,ro", str(disk)], check=True)
+        assert export(best, disk / "hf") == 1
+    err = capsys.readouterr().err
+    remedy = "change its permissions, or name another place"
+    assert err == f"export_hf.py: Read-only file system ({disk / 'hf'}): {remedy}\n"
+
+
 def full_disk(*_):
     raise OSError(28, "No space left on device", "some.json")
 
@@ -380,3 +393,38 @@ def test_over_an_export_of_gpt2_no_file_of_its_tokenizer_stays(characters, folde
     shutil.copytree(folder, tmp_path / "hf")
     assert export(last, tmp_path / "hf", "--overwrite") == 0
     assert sorted(p.name for p in (tmp_path / "hf").iterdir()) == sorted(p.name for p in alone.iterdir())
+
+
+# ---- weights in half the bytes ----
+
+HALVES = [("fp16", torch.float16, 1e-3), ("bf16", torch.bfloat16, 1e-2)]
+
+
+@pytest.mark.parametrize(("dtype", "stored", "tolerance"), HALVES)
+def test_weights_can_be_stored_in_half_the_bytes(best, folder, tmp_path, capsys, dtype, stored, tolerance):
+    before = best.read_bytes()
+    half = tmp_path / "half"
+    assert export(best, half, "--dtype", dtype) == 0
+    printed = capsys.readouterr().out
+    assert best.read_bytes() == before
+    sizes = [(path / "model.safetensors").stat().st_size for path in (half, folder)]
+    assert sizes[0] < 0.51 * sizes[1]
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(half, dtype="auto")
+    assert theirs.dtype == stored
+    idx = torch.randint(50257, (1, 64), generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        difference = (ours(best)(idx)[0] - theirs.float().eval()(idx).logits).abs().max().item()
+    assert 0 < difference < tolerance
+    said = float(re.search(r"differ by (\S+) at most", printed)[1])
+    assert said == pytest.approx(difference, rel=0.06)  # it is printed with two digits
+
+
+def test_a_weight_too_large_for_fp16_is_one_sentence(best, tmp_path, capsys):
+    checkpoint = load_checkpoint(best)
+    checkpoint["model"]["transformer.wpe.weight"][0, 0] = 1e5
+    torch.save(checkpoint, tmp_path / "large.pt")
+    assert export(tmp_path / "large.pt", tmp_path / "hf", "--dtype", "fp16") == 2
+    error = capsys.readouterr().err
+    assert error == "export_hf.py: transformer.wpe.weight has weights too large for fp16: use --dtype bf16\n"
+    assert not (tmp_path / "hf").exists()
+    assert export(tmp_path / "large.pt", tmp_path / "hf", "--dtype", "bf16") == 0

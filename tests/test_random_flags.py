@@ -8,6 +8,7 @@ from hypothesis import strategies as st
 import train
 from support import cli
 from support.cli import RunError, UsageError
+from support.settings import from_flags
 
 FLAGS = [f"--{name}" for name in cli.fields_of(train.TrainConfig)]
 WORDS = [*FLAGS, "--no-compile", "-h2", "--", "-", "=", "--lr=", "--steps=-0"]
@@ -23,7 +24,7 @@ ANYTHING = st.sampled_from(WORDS) | st.sampled_from(NUMBERS) | st.sampled_from(T
 @given(words=st.lists(ANYTHING, max_size=8))
 def test_random_flags_give_no_traceback(words):
     try:
-        config = train.config_from_flags(words)
+        config = from_flags(train.TrainConfig, words)
     except (UsageError, RunError) as e:
         assert str(e).strip()
     else:

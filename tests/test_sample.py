@@ -304,10 +304,11 @@ def test_a_real_ctrl_c_in_the_middle_of_a_sample(checkpoint):
 
 
 @pytest.mark.skipif(os.name != "posix", reason="signals of POSIX")
-def test_a_real_ctrl_c_before_the_first_token(checkpoint):
-    with subprocess.Popen(command(checkpoint, "--prompt", "-"), **PIPES) as process:
-        time.sleep(4)  # it waits for a prompt
-        process.send_signal(signal.SIGINT)
+def test_a_real_ctrl_c_before_the_first_token(checkpoint, tmp_path):
+    pipe = tmp_path / "pipe"
+    os.mkfifo(pipe)
+    with subprocess.Popen(command(checkpoint, "--prompt", f"@{pipe}"), **PIPES) as process, open(pipe, "w"):
+        process.send_signal(signal.SIGINT)  # it has opened its side of the pipe, and waits for a prompt
         err = process.stderr.read()
     assert process.returncode == 130
     assert err == "sample.py: interrupted\n"

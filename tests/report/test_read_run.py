@@ -2,13 +2,20 @@
 
 from __future__ import annotations
 
+import io
 import shutil
+import sys
 import time
+import tracemalloc
 
 import pytest
 from run_kit import block, in_tmp_path, run_dir_fixture, update, write_csv, write_readme  # noqa: F401  (fixtures)
 
 import update_readme
+from report import lines
+from report.blocks import lines_to_show
+from report.lines import read_lines
+from report.log import Log, step_of
 from report.run import read_run
 
 
@@ -153,7 +160,8 @@ def test_a_last_line_without_an_end(last, kept, run_dir):
     log.write_text("\n".join([*log.read_text().split("\n")[:-3], f"2026-01-02 10:01:00,000 | INFO | {last}"]))
     (run_dir / "logs" / "train_metrics.csv").unlink()
     run, _ = read_run(run_dir, "out/own")
-    assert run.log[-1].endswith(last) == kept
+    _, shown = max([*run.log.opening, *run.log.some_steps(), *run.log.behind])
+    assert shown.endswith(last) == kept
     assert run.rows[-1]["step"] == (60 if kept and "step" in last else 59 if "step 59" in log.read_text() else 58)
 
 
@@ -187,6 +195,46 @@ def test_hostile_lines_take_no_time(run_dir, tmp_path):
     start = time.monotonic()
     assert update() == 0
     assert time.monotonic() - start < 20  # it was minutes
+
+
+def test_a_long_log_is_read_in_one_go_and_a_few_of_its_lines_are_kept(run_dir, tmp_path):
+    write_readme(tmp_path, "SUMMARY", "LOGS")
+    path = run_dir / "logs" / "train.log"
+    opening = path.read_text().split("\n")[:5]
+    steps = [f"2026-01-02 10:00:00,001 | INFO | step {i}/20000 | loss 5.0 | lr 1e-3" for i in range(1, 20_001)]
+    path.write_text("\n".join([*opening, *steps, "2026-01-02 11:00:00,001 | INFO | Ended: steps done"]) + "\n")
+    log = Log()
+    tracemalloc.start()
+    places = [row["step"] for row in log.read(path) if row["step"] % 1000 == 0]
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert places == list(range(1000, 20_001, 1000))
+    assert peak < path.stat().st_size / 2
+    shown = [line for _, line in lines_to_show(log)]
+    assert shown[:4] == opening[:4]
+    numbers = [step_of(line)["step"] for line in shown[4:-1]]
+    assert numbers == pytest.approx([1, 5000, 10_000, 15_000, 20_000], abs=50)
+    assert numbers[-1] == 20_000
+    assert shown[-1].endswith("Ended: steps done")
+    assert log.count == 20_006
+
+
+def test_reading_takes_one_line_at_a_time_and_shows_a_bar_if_it_takes_long(tmp_path, monkeypatch):
+    path = tmp_path / "train_metrics.csv"
+    path.write_bytes(b"1,5.0\r\n" * 200_000)
+    terminal = io.StringIO()
+    terminal.isatty = lambda: True
+    monkeypatch.setattr(sys, "stderr", terminal)
+    monkeypatch.setattr(lines, "BAR_AFTER", 60.0)
+    tracemalloc.start()
+    assert all(line == "1,5.0\n" for line in read_lines(path))
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert peak < path.stat().st_size / 4
+    assert terminal.getvalue() == ""
+    monkeypatch.setattr(lines, "BAR_AFTER", 0.0)
+    assert next(read_lines(path)) == "1,5.0\n"
+    assert "train_metrics.csv:   0%" in terminal.getvalue()
 
 
 def test_files_at_unusual_places(run_dir, tmp_path, capsys):

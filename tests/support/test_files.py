@@ -7,12 +7,13 @@ import io
 import multiprocessing
 import os
 import signal
+import subprocess
 import sys
 import time
 import types
 
 import pytest
-from checkpoint_kit import no_space, start_process
+from checkpoint_kit import needs_root, no_space, small_disk, start_process
 from conftest import rows_of, tiny_flags
 
 import train
@@ -89,6 +90,53 @@ def test_what_a_killed_process_left_is_removed_by_the_next_and_what_others_write
 def write_until_killed(kind, path) -> None:
     with kind(path):
         os.kill(os.getpid(), signal.SIGKILL)
+
+
+def write_folder(folder) -> None:
+    with files.whole_folder(folder) as part:
+        (part / "more").mkdir()
+        (part / "more" / "card").write_bytes(b"new")
+        (part / "model").write_bytes(bytes(60_000))
+
+
+def test_where_a_folder_stands_in_a_files_place_no_file_is_moved(tmp_path):
+    folder = tmp_path / "folder"
+    (folder / "model").mkdir(parents=True)
+    with pytest.raises(IsADirectoryError) as caught:
+        write_folder(folder)
+    assert caught.value.filename == str(folder / "model")
+    assert not (folder / "more" / "card").exists()
+    assert os.listdir(tmp_path) == ["folder"]
+
+
+def test_where_a_file_stands_in_a_folders_place_no_file_is_moved(tmp_path):
+    folder = tmp_path / "folder"
+    folder.mkdir()
+    (folder / "more").write_bytes(b"mine")
+    (folder / "model").write_bytes(b"old")
+    with pytest.raises(NotADirectoryError) as caught:
+        write_folder(folder)
+    assert caught.value.filename == str(folder / "more")
+    assert (folder / "model").read_bytes() == b"old"
+    assert (folder / "more").read_bytes() == b"mine"
+    assert os.listdir(tmp_path) == ["folder"]
+
+
+@needs_root
+def test_a_folder_that_is_a_disk_of_its_own_gets_all_of_the_files_or_none(tmp_path):
+    folder = tmp_path / "disk"
+    with small_disk(folder, "40k"):
+        (folder / "model").write_bytes(b"old")
+        with pytest.raises(OSError) as caught:
+            write_folder(folder)
+        assert (folder / "model").read_bytes() == b"old"
+        assert os.listdir(folder) == ["model"]
+        assert caught.value.filename == str(folder)
+        subprocess.run(["mount", "-o", "remount,size=200k", str(folder)], check=True)
+        write_folder(folder)
+        assert (folder / "model").stat().st_size == 60_000
+        assert (folder / "more" / "card").read_bytes() == b"new"
+    assert os.listdir(tmp_path) == ["disk"]
 
 
 def test_a_written_file_has_the_usual_mode(tmp_path):

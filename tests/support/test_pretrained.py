@@ -14,6 +14,7 @@ import export_hf
 import train
 from support.checkpoint import load_checkpoint, origin_of
 from support.cli import UsageError
+from support.settings import from_flags
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # before transformers is imported
 import transformers
@@ -94,7 +95,7 @@ def test_the_first_step_is_of_the_folders_weights(theirs, tmp_path, tokenizer, f
 
 
 def test_a_checkpoint_gives_its_weights_alone_to_a_new_run(best, tmp_path, make_trainer):
-    config = train.config_from_flags(flags(tmp_path / "out", best, seed=5))
+    config = from_flags(train.TrainConfig, flags(tmp_path / "out", best, seed=5))
     trainer = make_trainer(config)
     assert same_weights(trainer.model.state_dict(), load_checkpoint(best)["model"])
     assert trainer.progress.step == 0
@@ -104,7 +105,7 @@ def test_a_checkpoint_gives_its_weights_alone_to_a_new_run(best, tmp_path, make_
 
 def test_what_was_exported_is_what_comes_back(best, tmp_path, make_trainer):
     assert export_hf.main(["--checkpoint", str(best), "--out_dir", str(tmp_path / "hf")]) == 0
-    trainer = make_trainer(train.config_from_flags(flags(tmp_path / "out", tmp_path / "hf")))
+    trainer = make_trainer(from_flags(train.TrainConfig, flags(tmp_path / "out", tmp_path / "hf")))
     assert same_weights(trainer.model.state_dict(), load_checkpoint(best)["model"])
 
 
@@ -112,32 +113,32 @@ def test_what_was_exported_is_what_comes_back(best, tmp_path, make_trainer):
 
 
 def test_the_shape_is_that_of_the_weights(folder, tmp_path):
-    config = train.config_from_flags(
-        ["--init_from", str(folder), "--input_file", str(PLAY), "--device", "cpu", "--steps", "5"]
+    config = from_flags(
+        train.TrainConfig, ["--init_from", str(folder), "--input_file", str(PLAY), "--device", "cpu", "--steps", "5"]
     )
     assert [getattr(config, name) for name in SHAPE] == [2, 2, 16, 64]
 
 
 def test_windows_are_no_longer_than_the_context(folder, tmp_path):
     words = ["--init_from", str(folder), "--input_file", str(PLAY), "--device", "cpu", "--steps", "5"]
-    assert train.config_from_flags(words).seq_len == 64
-    assert train.config_from_flags([*words, "--seq_len", "32"]).seq_len == 32
+    assert from_flags(train.TrainConfig, words).seq_len == 64
+    assert from_flags(train.TrainConfig, [*words, "--seq_len", "32"]).seq_len == 32
     with pytest.raises(UsageError, match="seq_len 65 is over block_size 64"):
-        train.config_from_flags([*words, "--seq_len", "65"])
+        from_flags(train.TrainConfig, [*words, "--seq_len", "65"])
 
 
 def test_a_longer_context_leaves_the_default_window(folder, tmp_path):
     longer = shutil.copytree(folder, tmp_path / "longer")
     config = json.loads((folder / "config.json").read_text())
     (longer / "config.json").write_text(json.dumps(config | {"n_positions": 2048}))
-    found = train.config_from_flags(
-        ["--init_from", str(longer), "--input_file", str(PLAY), "--device", "cpu", "--steps", "5"]
+    found = from_flags(
+        train.TrainConfig, ["--init_from", str(longer), "--input_file", str(PLAY), "--device", "cpu", "--steps", "5"]
     )
     assert (found.block_size, found.seq_len) == (2048, train.TrainConfig.seq_len)
 
 
 def test_a_flag_that_says_the_same_is_no_conflict(folder, tmp_path):
-    assert train.config_from_flags(flags(tmp_path / "out", folder, n_layer=2, tokenizer="gpt2")).n_layer == 2
+    assert from_flags(train.TrainConfig, flags(tmp_path / "out", folder, n_layer=2, tokenizer="gpt2")).n_layer == 2
 
 
 @pytest.mark.parametrize(
@@ -357,7 +358,9 @@ def test_a_place_that_is_nothing_of_the_kind_is_one_sentence(tmp_path, capsys):
 
 
 def test_a_checkpoint_that_lacks_its_shape_is_one_sentence(best, tmp_path, capsys):
-    torch.save(load_checkpoint(best) | {"model_config": {"n_layer": 1}}, tmp_path / "odd.pt")
-    code, err = said(capsys, flags(tmp_path / "out", tmp_path / "odd.pt"))
-    assert code == 1
-    assert "lacks what a model needs" in err
+    saved = load_checkpoint(best)
+    for odd in ({"n_layer": 1}, saved["config"] | {"block_size": "x"}):
+        torch.save(saved | {"config": odd}, tmp_path / "odd.pt")
+        code, err = said(capsys, flags(tmp_path / "out", tmp_path / "odd.pt"))
+        assert code == 1
+        assert "lacks what a model needs" in err

@@ -8,11 +8,13 @@ import subprocess
 import sys
 
 import pytest
+import torch
 from conftest import TINY
 
 import app
 import train
 from support import space
+from support.checkpoint import load_model
 
 
 @pytest.fixture(scope="module")
@@ -70,3 +72,24 @@ def test_a_space_that_cannot_be_written_leaves_nothing(checkpoint, tmp_path, mon
     assert app.main(["--checkpoint", str(checkpoint), "--make_space", str(folder)]) == 1
     assert capsys.readouterr().err == "app.py: No space left on device (best.pt): make room, then try again\n"
     assert not list(tmp_path.iterdir())
+
+
+def test_a_space_can_hold_its_weights_in_half_the_bytes(checkpoint, tmp_path, capsys):
+    last = checkpoint.with_name("last.pt")  # which also holds what only training needs
+    before = last.read_bytes()
+    folder = tmp_path / "space"
+    assert app.main(["--checkpoint", str(last), "--make_space", str(folder), "--dtype", "fp16"]) == 0
+    assert "likeliest next token" in capsys.readouterr().out
+    assert last.read_bytes() == before
+    half = folder / "out" / "checkpoints" / "best.pt"
+    assert half.stat().st_size < 0.6 * checkpoint.stat().st_size
+    whole, _, _ = load_model(last, train.ARCHITECTURES)
+    rounded, _, _ = load_model(half, train.ARCHITECTURES, lazy=False)
+    for (name, p), q in zip(whole.named_parameters(), rounded.parameters(), strict=True):
+        assert q.dtype == torch.float32
+        assert torch.equal(p.half().float(), q), name
+
+
+def test_without_a_space_dtype_is_refused(checkpoint, capsys):
+    assert app.main(["--checkpoint", str(checkpoint), "--dtype", "fp16"]) == 2
+    assert "--dtype is of what --make_space writes" in capsys.readouterr().err
