@@ -16,7 +16,7 @@ Exit codes: 0 written or already current, 1 broken markers (file:line), a run or
 
 # /// script
 # requires-python = ">=3.10,<3.15"
-# dependencies = ["matplotlib==3.10.9", "markdown-it-py>=3,<5"]
+# dependencies = ["matplotlib==3.10.9", "markdown-it-py>=3,<5", "tqdm>=4.66,<5"]
 # ///
 
 from __future__ import annotations
