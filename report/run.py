@@ -38,6 +38,8 @@ FORMATS = {
     "val_loss": ".6f",
     "lr": ".2e",
     "grad_norm": ".3f",
+    "load_entropy": ".4f",
+    "busiest": ".4f",
     "tok_per_s": ",.1f",
     "elapsed_s": ",.1f",
 }
@@ -113,11 +115,13 @@ class Run:
         return {}
 
     def with_figure(self, key: str) -> list[Row]:
-        """The rows that have a finite `key`. For avg_loss: only those since the first full pass."""
+        """The rows that have a finite `key`. For avg_loss: only those since it is the mean of what it should be of."""
         if key in self.found:
             return self.found[key]
         rows = [row for row in self.rows if math.isfinite(row.get(key, math.nan))]
-        if key == "avg_loss":
+        if key == "avg_loss" and self.avg_steps():
+            rows = [row for row in rows if row["step"] >= self.avg_steps()]
+        elif key == "avg_loss":
             rows = [row for row in rows if row.get("epoch", 1) >= 1]
         self.found[key] = rows
         return rows
@@ -129,6 +133,17 @@ class Run:
     def measure(self) -> str:
         """The loss that tells most: avg_loss, where there is one of a full pass."""
         return "avg_loss" if self.best("avg_loss") else "loss"
+
+    def avg_steps(self) -> float:
+        """Of a run on a stream, which has no pass: how many steps avg_loss is the mean of. 0 for a run on a text."""
+        if "tokens" not in self.part("corpus") or self.part("corpus")["tokens"] is not None:
+            return 0.0
+        return finite(self.settings().get("avg_steps")) or 0.0
+
+    def averaged_over(self) -> str:
+        """What avg_loss is the mean over."""
+        steps = self.avg_steps()
+        return f"the last {steps:,.0f} steps" if steps else "a full pass"
 
     def settings(self) -> dict:
         """The configuration, from run.json or else from the log's line `Args: {...}`."""
@@ -146,6 +161,8 @@ class Run:
 
     def proven_over(self) -> str:
         """What final_loss is the mean over."""
+        if self.avg_steps():
+            return "the held-out documents"
         if finite(self.part("corpus").get("held_out")):
             return "all of the text but what was held out"
         return "the whole text"

@@ -42,6 +42,10 @@ class RunError(Exception):
     """A fault while running: exit code 1."""
 
 
+class BetweenStepsError(RunError):
+    """A fault before a step began: what a checkpoint has is as the step before left it."""
+
+
 class DamagedError(RunError):
     """A checkpoint that isn't whole."""
 
@@ -344,6 +348,13 @@ class StopSignals:
         self.signum = signum
         for any_signum in self.previous:
             signal.signal(any_signum, signal.SIG_DFL)
+
+    def asked_of_any(self, largest: Callable[[int], int]) -> bool:
+        """Did a signal come to any of several processes? `largest` gives the largest of their numbers to all."""
+        signum = largest(self.signum)
+        if signum:  # else one that came while they talked would be forgotten
+            self.signum = signum
+        return signum > 0
 
     def poll(self) -> None:
         """Raises Stopped once a signal came."""

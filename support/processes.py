@@ -12,6 +12,7 @@ import os
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
+from concurrent import futures
 from datetime import timedelta
 from pathlib import Path
 
@@ -21,7 +22,7 @@ import torch.nn as nn
 
 from support import cli
 from support.cli import RunError, UsageError, is_out_of_memory
-from support.files import is_running
+from support.files import WINDOWS, is_running
 from support.kernels import updates_here
 from support.machine import Alone, Runtime
 
@@ -29,6 +30,7 @@ ROOT = Path(__file__).resolve().parent.parent
 JOIN = timedelta(minutes=5)  # for all processes to start and to read their flags
 STEP = timedelta(minutes=10)  # that processes may be apart in a step; the watch looks whether they are there
 PATIENT = timedelta(days=7)  # for what one process does while the others wait for it, such as tokenizing a long text
+ANSWER = 10.0  # seconds in which the store should answer one that ends
 GRACE = 3.0  # seconds in which a process should end by itself when another one is gone
 REMEDY = "go on with the same command and --resume auto"
 OWN = ("input_file", "cache_dir")  # settings that may differ between machines; of the text, the content must agree
@@ -100,9 +102,11 @@ class Meeting(Alone):
         """Is this the process that says how the run ended? The first one that asks is."""
         if self.speaks is None:
             try:
-                self.speaks = self.store.add("spoken", 1) == 1
-            except (UsageError, RunError, RuntimeError):  # nobody can be asked
+                self.speaks = within(ANSWER, self.store.add, "spoken", 1) == 1
+            except (UsageError, RunError):  # they couldn't even meet
                 self.speaks = self.rank == 0
+            except (RuntimeError, futures.TimeoutError):  # the store is gone, and maybe the first process with it
+                self.speaks = self.rank == 1
         return self.speaks
 
     def say(self, name: str, sentence: str) -> None:
@@ -159,8 +163,9 @@ def differences(everyones: Sequence[dict]) -> list[str]:
     found = []
     for name, value in everyones[0].items():
         for rank, values in enumerate(everyones):
-            if values[name] != value:
-                other = f"{name} is {value!r} in process 0 and {values[name]!r} in process {rank}"
+            its_value = values.get(name)  # other code may not know it
+            if its_value != value:
+                other = f"{name} is {value!r} in process 0 and {its_value!r} in process {rank}"
                 found.append(f"{other}: start all processes alike")
                 break
     return found
@@ -175,8 +180,8 @@ def first_line(e: BaseException) -> str:
 
 class Watch:
     """A thread that shows the others that this process is alive, and looks whether the next one is: 0 looks at 1, 1 at
-    2, and the last at 0. What is found stands under the key `lost`, which all of them read. There a process that fails
-    also writes why."""
+    2, and the last at 0. What is found stands in the store under the key `lost`, which all of them read. There a
+    process that fails also writes why."""
 
     def __init__(self, meeting: Meeting, wait_minutes: float):
         self.meeting = meeting
@@ -184,6 +189,10 @@ class Watch:
         self.next = (meeting.rank + 1) % meeting.world_size
         self.wait_seconds = 60 * wait_minutes
         self.pause = min(1.0, self.wait_seconds / 10)
+        self.count = 0  # of this process's signs
+        self.sign = ""  # the next process's latest
+        self.looked = time.monotonic()  # when this process looked last
+        self.seen = self.looked  # and when it saw a new sign
         self.lost = ""  # what happened, in words
         self.found = threading.Event()  # something did
         self.ending = threading.Event()  # the program ends by itself
@@ -193,51 +202,52 @@ class Watch:
 
     def run(self) -> None:
         """What the thread does."""
-        count = 0
-        news = ""  # the next process's latest sign
-        seen = time.monotonic()  # when it was new
-        last = seen
-        while not self.ending.wait(self.pause):
-            count += 1
-            now = time.monotonic()
-            try:
-                latest = self.exchange_signs(count)
-            except RuntimeError:  # with it, the store is gone
-                self.lost = "has ended: the first one"
-                break
-            if latest != news or now - last > 10 * self.pause + 1:  # or this process was stopped itself meanwhile
-                news = latest
-                seen = now
-            last = now
-            problem = self.problem(latest, now - seen)
-            if problem and not self.lost:
-                self.lost = self.tell(problem)
-            if self.lost:
-                break
+        while not self.lost and not self.ending.wait(self.pause):
+            self.lost = self.look()
         if self.lost:
             self.found.set()
             self.end()
 
-    def exchange_signs(self, count: int) -> str:
-        """Says that this process is alive. Returns what the next one said, and notes what is lost."""
-        self.store.set(f"alive {self.meeting.rank}", f"{place()} {os.getpid()} {count}")
-        self.lost = self.read("lost")
-        return self.read(f"alive {self.next}")
+    def look(self) -> str:
+        """Shows that this process is alive. Returns what is lost, "" where nothing is."""
+        try:
+            lost, sign = within(self.wait_seconds, self.exchange_signs)
+            if lost:
+                return lost
+            problem = self.problem(sign)
+            return within(self.wait_seconds, self.tell, problem) if problem else ""
+        except futures.TimeoutError:
+            return f"doesn't answer: the first one, or its torchrun, {self.has_been_silent()}"
+        except RuntimeError:  # the store ended with it
+            return "has ended: the first one, or its torchrun"
+
+    def exchange_signs(self) -> tuple[str, str]:
+        """Says that this process is alive. Returns what is lost, and the next one's sign."""
+        self.count += 1
+        self.store.set(f"alive {self.meeting.rank}", f"{place()} {os.getpid()} {self.count}")
+        return self.read("lost"), self.read(f"alive {self.next}")
 
     def read(self, key: str) -> str:
         return self.store.get(key).decode() if self.store.check([key]) else ""
 
-    def problem(self, latest: str, silent: float) -> str:
-        """What is wrong with the next process, whose latest sign is `silent` seconds old; "" where nothing is."""
-        if latest == "left":
+    def problem(self, sign: str) -> str:
+        """What is wrong with the next process, whose latest sign this is; "" where nothing is."""
+        now = time.monotonic()
+        was_stopped = now - self.looked > 10 * self.pause + 1  # this process itself, and maybe the others too
+        if sign != self.sign or was_stopped:
+            self.sign = sign
+            self.seen = now
+        self.looked = now
+        if sign == "left":
             return ""
-        if latest:
-            its_place, pid, _ = latest.split()
-            if its_place == place() != "?" and not is_running(int(pid)):
-                return f"has ended: process {self.next} was killed"
-        if silent > self.wait_seconds:
-            return f"doesn't answer: process {self.next} has been silent for {self.wait_seconds / 60:g} minutes"
+        if sign and was_killed(sign):
+            return f"has ended: process {self.next} was killed"
+        if now - self.seen > self.wait_seconds:
+            return f"doesn't answer: process {self.next} {self.has_been_silent()}"
         return ""
+
+    def has_been_silent(self) -> str:
+        return f"has been silent for {self.wait_seconds / 60:g} minutes"
 
     def tell(self, problem: str) -> str:
         """Writes what happened for all to read. Returns what they read: whatever was written first."""
@@ -272,15 +282,36 @@ class Watch:
         """This process ends: as it should or, with `why`, for a reason that the others should know."""
         self.ending.set()
         self.thread.join()
-        with contextlib.suppress(RuntimeError):
+        with contextlib.suppress(RuntimeError, futures.TimeoutError):
             self.store.set(f"alive {self.meeting.rank}", "left")
             if why:
-                self.tell(f"has ended: process {self.meeting.rank}: {why}")
+                within(ANSWER, self.tell, f"has ended: process {self.meeting.rank}: {why}")
 
 
 def place() -> str:
     """Which of the machines is this? torchrun counts them."""
     return os.environ.get("GROUP_RANK", "?")
+
+
+def was_killed(sign: str) -> bool:
+    """Is the process that gave this sign gone? Only on its own machine that can be asked, and on Windows not at all."""
+    its_place, number, _ = sign.split()
+    return its_place == place() != "?" and not WINDOWS and not is_running(int(number))
+
+
+def within(seconds: float, ask: Callable, *args):
+    """What ask(*args) returns. Raises futures.TimeoutError if it takes longer: a store's own timeouts don't hold where
+    the process that keeps it is stopped."""
+    answer = futures.Future()
+
+    def run() -> None:
+        try:
+            answer.set_result(ask(*args))
+        except Exception as e:
+            answer.set_exception(e)
+
+    threading.Thread(target=run, daemon=True).start()
+    return answer.result(seconds)
 
 
 # ---- the run itself ----
@@ -382,11 +413,14 @@ class Processes(Runtime):
 
     def __exit__(self, kind, e, traceback) -> None:
         if e is None:
+            with self.watched(lambda sentence: None):
+                self.first("done")  # it may still write: when one process ends, torchrun gives the others half a minute
             self.watch.leave()
             dist.destroy_process_group()
             return
         others = self.watch.is_to_blame(e)
         self.meeting.takes_the_word()  # before the others know that this process ends
-        self.watch.leave(first_line(e))
+        told = isinstance(e, UsageError | RunError)
+        self.watch.leave(first_line(e) if told else f"{type(e).__name__}: {first_line(e)}")
         if others:
             raise RunError(self.watch.sentence()) from e

@@ -11,22 +11,25 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
-from unittest import mock
 
 import pytest
 import torch
 from conftest import ROOT, log_of, rows_of, same_weights, tiny_flags, weights_of, without_times
 
 import train
+from support import processes
 from support.cli import StopSignals
 from support.machine import Runtime, shared_grad_accum
-from support.processes import check_restarts, differences, told_once
+from support.processes import Meeting, Watch, check_restarts, differences, place, told_once, was_killed
 
 ENV = {**os.environ, "GLOO_SOCKET_IFNAME": "lo", "PYTHONPATH": str(ROOT)}
 SETTINGS = {"tokenizer": "char", "target_loss": 0, "num_prompts": 1, "seq_len": 64, "batch_size": 1}
 PLAIN = {"steps": 25, "save_every": 25, "val_fraction": 0.2, **SETTINGS, "optimizer": "muon"}
+EXPERTS = {"arch": "mla_moe", "steps": 10, **SETTINGS, "expert_width": 8, "optimizer": "muon"}
 DROPPING = {"steps": 16, "dropout": 0.3, "n_layer": 4, **SETTINGS}
+BIAS = "model.layers.0.mlp.gate.e_score_correction_bias"
 REMEDY = "; go on with the same command and --resume auto\n"
 
 
@@ -61,17 +64,15 @@ def test_for_one_process_the_verbs_change_nothing():
     assert alone.talk_is_free
 
 
-def test_a_signal_that_comes_while_the_processes_talk_is_not_lost():
-    stop = StopSignals()
+def test_a_signal_that_comes_while_the_processes_talk_is_not_forgotten():
+    def hear(value: int) -> int:
+        signal.raise_signal(signal.SIGTERM)
+        return value
 
-    def any_process(signum):
-        stop.handle(signal.SIGTERM, None)  # after this process said that it had none
-        return signum
-
-    loop = mock.Mock(stop=stop)
-    loop.runtime.any = any_process
-    assert not train.Loop.stop_asked(loop)
-    assert train.Loop.stop_asked(loop)
+    with StopSignals() as stop:
+        assert not stop.asked_of_any(hear)
+        assert stop.asked_of_any(lambda value: value)
+    assert stop.signum == signal.SIGTERM
 
 
 # ---- what they agree on ----
@@ -112,11 +113,70 @@ def test_restarts_on_several_machines_need_a_store_that_ends_with_the_processes(
     check_restarts()
 
 
+def test_code_that_does_not_know_a_setting_differs_like_any_other():
+    everyones = [{"code": "new", "shift": 1}, {"code": "old"}]
+    assert differences(everyones)[1] == "shift is 1 in process 0 and None in process 1: start all processes alike"
+
+
+# ---- the watch ----
+
+
+class StoppedStore:
+    """As a store whose process was stopped: what is sent there is taken, and no question is answered."""
+
+    def clone(self):
+        return self
+
+    def set(self, key, value):
+        pass
+
+    def check(self, keys):
+        threading.Event().wait()
+
+    def compare_set(self, key, expected, value):
+        threading.Event().wait()
+
+    def add(self, key, value):
+        threading.Event().wait()
+
+
+def meeting_of(rank: int, store) -> Meeting:
+    meeting = Meeting.__new__(Meeting)
+    meeting.rank = rank
+    meeting.world_size = 3
+    meeting.speaks = None
+    meeting.store = store
+    return meeting
+
+
+def test_a_process_that_keeps_the_store_and_is_stopped_keeps_nobody_waiting(monkeypatch):
+    monkeypatch.setattr(processes, "ANSWER", 0.05)
+    watch = Watch(meeting_of(1, StoppedStore()), 0.001)
+    assert watch.found.wait(10)
+    watch.ending.set()  # or it would end this program
+    watch.leave("why")
+    assert watch.sentence().startswith(
+        "another process of this run doesn't answer: the first one, or its torchrun, has"
+    )
+    assert [meeting_of(rank, StoppedStore()).takes_the_word() for rank in (1, 2)] == [True, False]
+
+
+def test_only_on_its_own_machine_it_can_be_asked_whether_a_process_runs(monkeypatch):
+    gone = subprocess.Popen([sys.executable, "-c", ""])
+    gone.wait()
+    monkeypatch.setenv("GROUP_RANK", "0")
+    assert was_killed(f"{place()} {gone.pid} 7")
+    assert not was_killed(f"{place()} {os.getpid()} 7")
+    assert not was_killed(f"1 {gone.pid} 7")
+    monkeypatch.setattr(processes, "WINDOWS", True)
+    assert not was_killed(f"{place()} {gone.pid} 7")
+
+
 # ---- two of them ----
 
 # What the two processes do, one run after the other: they start once, which takes longer than all of it.
 PROGRAM = """
-import json, os, sys
+import json, os, sys, time
 import torch
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import Shard, distribute_tensor
@@ -170,6 +230,12 @@ with launch.join(meeting, alone, train.TrainConfig()) as runtime:
     for p, update in updates:
         torch.testing.assert_close(update, real(p[None], torch.float32)[0])
     assert {id(p) for p, _ in updates} == {id(p) for p in matrices}
+
+    # what the first one still writes at the end, the other waits for
+    if rank == 0:
+        time.sleep(0.5)
+        open("written", "w").close()
+assert os.path.exists("written")
 
 # the same in parts: some of one row, of which the second process holds nothing
 with launch.join(launch.meet(), alone, train.TrainConfig(parallel="fsdp")) as runtime:
@@ -236,6 +302,9 @@ def folder(tmp_path_factory, short_text):
         (tiny_flags(folder / "whole_fsdp", **DROPPING, input_file=short_text, parallel="fsdp"), []),
         (tiny_flags(folder / "parts_fsdp", **DROPPING, input_file=short_text, parallel="fsdp"), []),
         (["--resume", str(folder / "parts_fsdp" / "checkpoints" / "last.pt")], []),
+        (tiny_flags(folder / "experts", **EXPERTS, input_file=short_text), []),
+        (tiny_flags(folder / "experts_fsdp", **EXPERTS, input_file=short_text, parallel="fsdp"), []),
+        (["--resume", str(folder / "experts_fsdp" / "checkpoints" / "last.pt"), "--steps", "12"], []),
         ([*never, "--steps", "x"], []),
         (never, ["--n_head", "3"]),
         (never, ["--lr", "0.5", "--seed", "3"]),
@@ -244,7 +313,7 @@ def folder(tmp_path_factory, short_text):
     command = torchrun(2, str(program), json.dumps(runs))
     done = subprocess.run(command, capture_output=True, text=True, env=ENV, timeout=200, cwd=folder)
     assert done.returncode == 0, done.stderr
-    assert json.loads((folder / "codes.json").read_text()) == [0, 0, 143, 0, 0, 0, 143, 0, 2, 2, 2, 1]
+    assert json.loads((folder / "codes.json").read_text()) == [0, 0, 143, 0, 0, 0, 143, 0, 0, 0, 0, 2, 2, 2, 1]
     (folder / "stderr").write_text(done.stderr)
     return folder
 
@@ -299,6 +368,20 @@ def test_a_checkpoint_of_a_model_in_parts_is_that_of_one_process(folder, alone, 
     last = str(shutil.copytree(folder / "pair_fsdp", tmp_path / "out") / "checkpoints" / "last.pt")
     assert train.main(["--resume", last, "--steps", "27"]) == 0
     assert "grad_accum 4 x processes 1" in log_of(tmp_path / "out")
+
+
+def test_two_processes_count_the_loads_of_their_experts_together(folder, tmp_path, short_text):
+    """And do what one does with twice the accumulation, in parts too, with each expert's matrix orthogonalized."""
+    assert train.main(tiny_flags(tmp_path / "alone", **EXPERTS, grad_accum=2, input_file=short_text)) == 0
+    rows = rows_of(tmp_path / "alone")
+    for name in ("experts", "experts_fsdp"):
+        for one, two in zip(rows, rows_of(folder / name), strict=False):
+            assert float(one["loss"]) == pytest.approx(float(two["loss"]), rel=1e-4)
+            assert float(one["load_entropy"]) == pytest.approx(float(two["load_entropy"]), abs=0.02)
+    assert len(rows_of(folder / "experts_fsdp")) == 12
+    biases = [weights_of(tmp_path / "alone")[BIAS], weights_of(folder / "experts")[BIAS]]
+    assert biases[0].any()
+    torch.testing.assert_close(*biases)
 
 
 def test_processes_that_differ_do_not_begin_and_each_problem_is_said_once(folder):
