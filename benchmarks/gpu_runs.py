@@ -22,7 +22,8 @@ from gpu_kit import CLOSE, SMALL, Check, NotHere, expect, flags_of, make_trainer
 
 import train
 from support import checkpoint, text
-from support.processes import Meeting, Processes
+from support.meeting import Meeting
+from support.processes import Processes
 from support.sharding import Sharded
 
 # ---- saving and resuming ----

@@ -11,7 +11,7 @@ from support.machine import Alone, Runtime
 def meet() -> Alone:
     if int(os.environ.get("WORLD_SIZE", 1)) == 1:
         return Alone()
-    from support.processes import Meeting
+    from support.meeting import Meeting
 
     return Meeting()
 

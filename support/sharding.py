@@ -83,23 +83,25 @@ class Sharded(Processes):
         collectives, for any number of matrices."""
         shares = dealt(matrices, self.world_size)
         mine = shares[self.rank]
+        # what I have of each process's matrices, and how much each process has of mine
         parts = [[direction(p).to_local() for p in share] for share in shares]
-        # from each process, its rows of my matrices
-        sizes = [[numbers(p, rank, self.world_size) for p in mine] for rank in range(self.world_size)]
-        received = self.all_to_all(parts, sizes, torch.float32)
-        whole = {}
+        held = [[numbers(p, rank, self.world_size) for p in mine] for rank in range(self.world_size)]
+
+        received = self.all_to_all(parts, held, torch.float32)
+        directions = {}
         for i, p in enumerate(mine):
-            whole[p] = torch.cat([from_one[i] for from_one in received]).view(p.shape)
-        done = dict(updates_here(mine, whole.__getitem__, dtype))
+            directions[p] = torch.cat([of_one[i] for of_one in received]).view(p.shape)
+        updates = dict(updates_here(mine, directions.__getitem__, dtype))
+
         back = [[] for _ in shares]
         for i, p in enumerate(mine):
-            pieces = done[p].flatten().split([of_one[i] for of_one in sizes])
-            for rank, piece in enumerate(pieces):
-                back[rank].append(piece)
-        local_sizes = [[part.numel() for part in share] for share in parts]
-        for share, updates in zip(shares, self.all_to_all(back, local_sizes, dtype), strict=True):
-            for p, update in zip(share, updates, strict=True):
-                yield p, sharded_as(p, update)
+            pieces = updates[p].flatten().split([of_one[i] for of_one in held])
+            for to_one, piece in zip(back, pieces, strict=True):
+                to_one.append(piece)
+        held_here = [[part.numel() for part in share] for share in parts]
+        for share, pieces in zip(shares, self.all_to_all(back, held_here, dtype), strict=True):
+            for p, piece in zip(share, pieces, strict=True):
+                yield p, sharded_as(p, piece)
 
     def all_to_all(self, tensors: list[list], sizes: list[list], dtype: torch.dtype) -> list[list]:
         """Sends tensors[rank] to each rank. Returns what each rank sent here, flat tensors of sizes[rank] numbers."""

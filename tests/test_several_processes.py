@@ -19,10 +19,11 @@ import torch
 from conftest import ROOT, log_of, rows_of, same_weights, tiny_flags, weights_of, without_times
 
 import train
-from support import processes
+from support import meeting, watch
 from support.cli import StopSignals
 from support.machine import Runtime, shared_grad_accum
-from support.processes import Meeting, Watch, check_restarts, differences, place, told_once, was_killed
+from support.meeting import Meeting, check_restarts, differences, told_once
+from support.watch import Watch, place, was_killed
 
 ENV = {**os.environ, "GLOO_SOCKET_IFNAME": "lo", "PYTHONPATH": str(ROOT)}
 SETTINGS = {"tokenizer": "char", "target_loss": 0, "num_prompts": 1, "seq_len": 64, "batch_size": 1}
@@ -141,21 +142,22 @@ class StoppedStore:
 
 
 def meeting_of(rank: int, store) -> Meeting:
-    meeting = Meeting.__new__(Meeting)
-    meeting.rank = rank
-    meeting.world_size = 3
-    meeting.speaks = None
-    meeting.store = store
-    return meeting
+    made = Meeting.__new__(Meeting)
+    made.rank = rank
+    made.world_size = 3
+    made.speaks = None
+    made.store = store
+    return made
 
 
 def test_a_process_that_keeps_the_store_and_is_stopped_keeps_nobody_waiting(monkeypatch):
-    monkeypatch.setattr(processes, "ANSWER", 0.05)
-    watch = Watch(meeting_of(1, StoppedStore()), 0.001)
-    assert watch.found.wait(10)
-    watch.ending.set()  # or it would end this program
-    watch.leave("why")
-    assert watch.sentence().startswith(
+    monkeypatch.setattr(meeting, "ANSWER", 0.05)
+    monkeypatch.setattr(watch, "ANSWER", 0.05)
+    of_first = Watch(meeting_of(1, StoppedStore()), 0.001)
+    assert of_first.found.wait(10)
+    of_first.ending.set()  # or it would end this program
+    of_first.leave("why")
+    assert of_first.sentence().startswith(
         "another process of this run doesn't answer: the first one, or its torchrun, has"
     )
     assert [meeting_of(rank, StoppedStore()).takes_the_word() for rank in (1, 2)] == [True, False]
@@ -168,7 +170,7 @@ def test_only_on_its_own_machine_it_can_be_asked_whether_a_process_runs(monkeypa
     assert was_killed(f"{place()} {gone.pid} 7")
     assert not was_killed(f"{place()} {os.getpid()} 7")
     assert not was_killed(f"1 {gone.pid} 7")
-    monkeypatch.setattr(processes, "WINDOWS", True)
+    monkeypatch.setattr(watch, "WINDOWS", True)
     assert not was_killed(f"{place()} {gone.pid} 7")
 
 

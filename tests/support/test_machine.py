@@ -173,6 +173,23 @@ def test_several_processes_share_a_machine(monkeypatch):
         check_gpt2(tokens=1024)
 
 
+class Parts(Runtime):
+    """One of four processes that share a model."""
+
+    parts = 4
+
+
+def test_the_first_of_processes_that_share_a_model_needs_memory_for_all_of_last_pt(monkeypatch):
+    settings = train.TrainConfig(batch_size=1, seq_len=64, parallel="fsdp")
+    model = outline(GPTConfig())
+    small_memory(monkeypatch, 1.5)  # a GB and a half: 12 bytes for each of 124,439,808 parameters, nearly
+    machine.check_memory(Parts(CPU, None, None, ""), model, settings)
+    small_memory(monkeypatch, 1.4)
+    sentence = r"the first process gathers last.pt, which takes 1\.5 GB \(12 bytes a parameter with AdamW\), and its"
+    with pytest.raises(UsageError, match=sentence):
+        machine.check_memory(Parts(CPU, None, None, ""), model, settings)
+
+
 def test_a_machine_that_does_not_say_what_it_has_is_tried(monkeypatch):
     monkeypatch.setattr(machine, "memory_of", lambda device: None)
     check_gpt2(tokens=10**9)
