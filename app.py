@@ -25,6 +25,7 @@ from __future__ import annotations
 from support import cli  # isort: skip  # first, so that Ctrl-C in the seconds of importing is one line
 
 import argparse
+import base64
 import contextlib
 import html
 import os
@@ -36,8 +37,9 @@ os.environ.setdefault("GRADIO_ANALYTICS_ENABLED", "False")
 import gradio as gr
 
 from report import blocks, pictures
+from report.html import report
 from report.markdown import code, plain
-from report.run import ReadmeError, read_run
+from report.run import ReadmeError, Run, read_run
 from support.cli import RunError, UsageError
 from support.door import door, is_read
 from support.hub import add_hub_flags, hub_problems, push_folder
@@ -207,7 +209,8 @@ class Page:
         return f"<pre>\n{shown}</pre><p>{note}</p>"  # HTML drops a line break at the beginning of <pre>: this one
 
     def training(self) -> tuple[str, str]:
-        """(the run's summary as Markdown, its curve as SVG), from the records beside the checkpoint."""
+        """(the run's summary as Markdown; as HTML its curve, and a link to all of it), from the records beside the
+        checkpoint."""
         if not self.run_dir:
             return "The records of this training aren't beside the checkpoint.", ""
         try:
@@ -216,7 +219,7 @@ class Page:
         except (ReadmeError, OSError) as e:
             return f"The records of this training aren't there ({plain(str(e))}).", ""
         text = "\n".join([blocks.summary(run), *blocks.learned(run)])
-        return text, svg[svg.find("<svg") :]  # without the lines that an SVG in a file begins with
+        return text, svg[svg.find("<svg") :] + report_link(run)  # without the lines that an SVG in a file begins with
 
     def examples(self) -> list[str]:
         """Prompts that suit the model: what the run was asked, and openings of passages of its text."""
@@ -231,6 +234,12 @@ class Page:
         beginning = self.text[:100]
         lines = beginning[: beginning.rfind("\n") + 1]
         return [lines or beginning, 200, 1, 0.0]
+
+
+def report_link(run: Run) -> str:
+    """The run's report is in the link itself: the page serves no files."""
+    data = base64.b64encode(report(run).encode()).decode()
+    return f'<p><a download="report.html" href="data:text/html;base64,{data}">The whole report, as one file</a></p>'
 
 
 def sampled_prompts(record: dict) -> list[str]:

@@ -6,9 +6,9 @@
     python export_hf.py --out_dir hf --push_to_hub USER/NAME # then sends it to the Hugging Face Hub
     python train.py --init_from hf --preset finetune         # the way back: trains it further
 
-The folder has config.json, generation_config.json, model.safetensors, the tokenizer's files (from the packaged
-vocabulary, without a network) and a model card, README.md, with the results of the checkpoint's run directory. It
-appears when all of them are written; with --overwrite they take the place of those that are there, and files of your
+The folder has config.json, generation_config.json, model.safetensors, the tokenizer's files (from the checkpoint or the
+packaged vocabulary, without a network) and a model card, README.md, with the results of the checkpoint's run directory.
+It appears when all of them are written; with --overwrite they take the place of those that are there, and files of your
 own stay.
 
 Exit codes: 0 written, 1 a file that can't be read or written, 2 unusable flags.
@@ -46,7 +46,7 @@ from support.cli import RunError, UsageError
 from support.files import whole_folder
 from support.hub import add_hub_flags, hub_problems, push_folder
 from support.pretrained import transposed
-from support.rounding import DTYPES, add_dtype_flag, round_weights
+from support.rounding import DTYPES, add_dtype_flag, round_weights, stored_as
 from support.rundir import RunDirectory, chosen_checkpoint, run_around
 from support.text import END_OF_TEXT, Tokenizer, packaged_folder
 from train import ARCHITECTURES
@@ -98,7 +98,8 @@ def gpt2_weights(model: torch.nn.Module) -> dict[str, torch.Tensor]:
 
 # What makes config.json, and the weights by their names there, for each architecture.
 LAYOUTS = {"gpt2": (gpt2_config, gpt2_weights), "mla_moe": (deepseek.hf_config, deepseek.hf_weights)}
-KINDS = {"gpt2": "GPT-2", "mla_moe": "A small DeepSeek-V3"}  # for the model card
+# For the model card: what it is, and the tag by which it is found.
+KINDS = {"gpt2": ("GPT-2", "gpt2"), "mla_moe": ("A small DeepSeek-V3", "deepseek_v3")}
 
 
 def hf_generation(config: dict, end_of_text: int | None) -> dict:
@@ -109,8 +110,7 @@ def hf_generation(config: dict, end_of_text: int | None) -> dict:
     return tokens | {"do_sample": True, "temperature": config["temperature"], "top_k": config.get("top_k", 0)}
 
 
-def write_weights(folder: Path, tensors: dict[str, torch.Tensor], dtype: torch.dtype) -> None:
-    tensors = {name: tensor.to(dtype) for name, tensor in tensors.items()}
+def write_weights(folder: Path, tensors: dict[str, torch.Tensor]) -> None:
     size = sum(t.numel() * t.element_size() for t in tensors.values())
     print(f"Writing {size / 1e6:,.0f} MB of weights ...", flush=True)
     path = folder / "model.safetensors"
@@ -124,9 +124,12 @@ def write_weights(folder: Path, tensors: dict[str, torch.Tensor], dtype: torch.d
 
 def write_tokenizer(folder: Path, tokenizer: Tokenizer, context: int) -> None:
     """tokenizer.json and its companions. Raises UsageError where GPT-2's vocabulary isn't installed."""
+    settings = {"tokenizer_class": "PreTrainedTokenizerFast"}
     if tokenizer.name == "char":
         theirs = char_tokenizer(tokenizer)
-        settings = {"tokenizer_class": "PreTrainedTokenizerFast"}
+    elif tokenizer.tokenizer_json:
+        theirs = own_tokenizer(tokenizer)
+        settings["eos_token"] = theirs.id_to_token(tokenizer.end_of_text)
     else:
         theirs = gpt2_tokenizer(folder)
         special = dict.fromkeys(("bos_token", "eos_token", "unk_token"), END_OF_TEXT)
@@ -164,6 +167,14 @@ def char_tokenizer(tokenizer: Tokenizer) -> tokenizers.Tokenizer:
     return theirs
 
 
+def own_tokenizer(tokenizer: Tokenizer) -> tokenizers.Tokenizer:
+    """The file that the model was trained with, but for what it would put round a text: training put nothing there."""
+    content = json.loads(tokenizer.tokenizer_json)
+    if (content.get("post_processor") or {}).get("type") != "ByteLevel":
+        content["post_processor"] = None
+    return tokenizers.Tokenizer.from_str(json.dumps(content))
+
+
 # ======== The model card ==============================================================================================
 
 CARD = """---
@@ -174,8 +185,7 @@ CARD = """---
 
 {kind} with {parameters:,} parameters, {how}: step {step:,} of its run{loss}.
 
-A loss near 0.1 on the text of training means that the model has learned this text **by heart**. It recites; it is no
-general model of the language, and its loss on any other text is far higher.
+{about}
 
 ## Use
 
@@ -190,6 +200,11 @@ print(write({prompt!r}, max_new_tokens=100, do_sample=True, temperature=0.9, top
 
 {results}
 """
+BY_HEART = """A loss near 0.1 on the text of training means that the model has learned this text **by heart**. It
+recites; it is no general model of the language, and its loss on any other text is far higher."""
+STREAMED = (
+    """It read documents as they came, one after the other. `val_loss`, where there is one, is its loss on others."""
+)
 RESULTS = """<!--AUTO:SUMMARY:START-->
 <!--AUTO:SUMMARY:END-->
 
@@ -203,18 +218,21 @@ RESULTS = """<!--AUTO:SUMMARY:START-->
 def write_card(folder: Path, title: str, checkpoint: dict, parameters: int, run_dir: Path | None) -> None:
     """README.md: what the model is, and the results of its run. Raises ReadmeError for a run that can't be read."""
     origin = checkpoint.get("origin")
-    arch = checkpoint["config"]["arch"]
-    how = "trained from scratch by `train.py` on one text, without any pretrained weights"
+    kind, tag = KINDS[checkpoint["config"]["arch"]]
+    stream = checkpoint["config"].get("dataset")
+    read = f"on the documents of {code(stream)}" if stream else "on one text"
+    how = f"trained from scratch by `train.py` {read}, without any pretrained weights"
     if origin:
-        how = f"trained further by `train.py` on one text, from the weights in {code(origin)}"
+        how = f"trained further by `train.py` {read}, from the weights in {code(origin)}"
     text = CARD.format(
-        header=header(title, [arch, "fine-tuned" if origin else "from-scratch"]),
+        header=header(title, [tag, "fine-tuned" if origin else "from-scratch"]),
         title=title,
-        kind=KINDS[arch],
+        kind=kind,
         parameters=parameters,
         how=how,
         step=checkpoint["step"],
         loss=loss_of(checkpoint, run_dir),
+        about=STREAMED if stream else BY_HEART,
         prompt=checkpoint["config"].get("prompt") or "\n",
         results=RESULTS if run_dir else "The run directory wasn't there when this card was written.",
     )
@@ -268,15 +286,14 @@ def export(path: Path, folder: Path, dtype: str, title: str) -> None:
     parameters = sum(p.numel() for p in model.parameters())
     hf_config, hf_weights = LAYOUTS[checkpoint["config"]["arch"]]
     round_weights(model, dtype)
-    stored = DTYPES[dtype]
     with whole_folder(folder) as part:
         config = hf_config(checkpoint["model_config"], tokenizer.end_of_text)
-        write_json(part / "config.json", config | {"dtype": str(stored).removeprefix("torch.")})
+        write_json(part / "config.json", config | {"dtype": str(DTYPES[dtype]).removeprefix("torch.")})
         write_json(part / "generation_config.json", hf_generation(checkpoint["config"], tokenizer.end_of_text))
-        write_weights(part, hf_weights(model), stored)
+        write_weights(part, stored_as(dtype, hf_weights(model), model))
         write_tokenizer(part, tokenizer, model.config.block_size)
         write_card(part, title, checkpoint, parameters, run_around(path))
-    if tokenizer.name == "char":  # an earlier export's, of which this tokenizer has no such file
+    if tokenizer.name != "gpt2":  # an earlier export's, of which this tokenizer has no such file
         for name in GPT2_FILES:
             (folder / name).unlink(missing_ok=True)
     print(f'Written: AutoModelForCausalLM.from_pretrained("{folder}") loads it', flush=True)

@@ -76,7 +76,7 @@ class MLAMoEConfig:
     def conflicts(settings) -> Iterator[tuple[str, str]]:
         """Yields (train.py's settings that this architecture can't have, what to do about it)."""
         head = settings.n_embd // settings.n_head
-        if head % 4:
+        if settings.n_embd % settings.n_head == 0 and head % 4:
             yield "n_embd n_head", f"n_embd / n_head is {head}: --arch mla_moe needs a multiple of 4, such as 64"
         for name in ("n_embd", "expert_width"):
             width = getattr(settings, name)
@@ -88,8 +88,6 @@ class MLAMoEConfig:
             yield "n_expert n_expert_active", f"n_expert_active {settings.n_expert_active} is over n_expert: {most}"
         if settings.dropout:
             yield "dropout", "dropout is for --arch gpt2 alone: leave it out"
-        if settings.init_from:
-            yield "init_from", "init_from starts a gpt2: leave it out, or leave --arch out"
 
     def __post_init__(self) -> None:
         """Raises ValueError for a shape that no model can have."""
@@ -243,23 +241,39 @@ class Experts(nn.Module):
         E, C, width = config.n_routed_experts, config.hidden_size, config.moe_intermediate_size
         self.gate_up_proj = nn.Parameter(torch.empty(E, 2 * width, C))
         self.down_proj = nn.Parameter(torch.empty(E, C, width))
+        self.in_groups = True  # off where a token's answer must not depend on its neighbours, not even in the last bit
 
     def forward(self, x: torch.Tensor, weights: torch.Tensor, experts: torch.Tensor):
         """x (N, C), weights and experts (N, k) -> (the sum of the chosen experts' answers (N, C), load (E,): how many
         tokens each expert was given)."""
+        # bincount would make a GPU wait
+        load = (experts.flatten() == torch.arange(len(self.down_proj), device=x.device)[:, None]).sum(dim=1)
+        if self.in_groups and x.device.type != "mps":  # which has no grouped products
+            return self.grouped(x, weights, experts, load), load
+        return self.plain(x, weights, experts), load
+
+    def plain(self, x: torch.Tensor, weights: torch.Tensor, experts: torch.Tensor) -> torch.Tensor:
+        """Each expert works on all tokens, and most of its answers count nothing."""
+        y = 0.0
+        for number, (gate_up, down) in enumerate(zip(self.gate_up_proj, self.down_proj, strict=True)):
+            gate, up = F.linear(x, gate_up).chunk(2, dim=-1)
+            counts = (weights * (experts == number)).sum(dim=1, keepdim=True)
+            y = y + F.linear(F.silu(gate) * up, down) * counts
+        return y
+
+    def grouped(self, x: torch.Tensor, weights: torch.Tensor, experts: torch.Tensor, load: torch.Tensor):
+        """Each expert works on the tokens that were sent to it."""
         kind = x.device.type
         # autocast doesn't know grouped products
         dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype
         order = experts.flatten().argsort(stable=True)  # an expert's tokens side by side
         tokens = order // experts.size(1)
-        # bincount would make a GPU wait
-        load = (experts.flatten() == torch.arange(len(self.down_proj), device=x.device)[:, None]).sum(dim=1)
         ends = load.cumsum(0).to(torch.int32)
         rows = x.to(dtype)[tokens]
         gate, up = F.grouped_mm(rows, self.gate_up_proj.to(dtype).mT, offs=ends).chunk(2, dim=-1)
         answers = F.grouped_mm(F.silu(gate) * up, self.down_proj.to(dtype).mT, offs=ends)
         answers = answers * weights.flatten()[order, None]
-        return torch.zeros_like(x, dtype=answers.dtype).index_add(0, tokens, answers), load
+        return torch.zeros_like(x, dtype=answers.dtype).index_add(0, tokens, answers)
 
 
 class SharedExpert(nn.Module):

@@ -59,13 +59,13 @@ import torch.utils.checkpoint
 
 from support import checkpoint, dry_run, figures, files, inference, machine, pretrained, record, rundir, text
 from support.bar import StepBar
-from support.cli import RunError, Stopped, StopSignals, UsageError, flag
+from support.cli import BetweenStepsError, RunError, Stopped, StopSignals, UsageError, flag
 from support.kernels import Muon, MuonAdamW, attention_by_products, linear_cross_entropy, updates_here
 from support.launch import join, meet
 from support.machine import Runtime
 from support.presets import PRESETS
 from support.rundir import RunDirectory
-from support.settings import from_flags
+from support.settings import flags_of_experts, from_flags
 
 # ======== Settings: each flag's name, type, default and help, in one place ============================================
 
@@ -85,13 +85,16 @@ class TrainConfig:
     input_file: str | tuple[str, ...] = flag(
         "data/input.txt", "UTF-8 text, or a folder of .txt files; given several times, all are read", "Data"
     )
-    tokenizer: str = flag(
-        "gpt2", "gpt2: byte pairs, 50,257 tokens; char: a token for each character", choices=("gpt2", "char")
-    )
+    tokenizer: str = flag("gpt2", "gpt2: 50,257 byte pairs; char: a token a character; or a path to a tokenizer.json")
     cache_dir: str = flag("", "where token ids are kept between runs (default: the user's cache folder)")
     randomize_batches: bool = flag(False, "shuffle the order of the batches anew each pass")
     shift_windows: bool = flag(False, "let the windows begin at other places in each pass")
     val_fraction: float = flag(0.0, "share of the text, at its end, that is held out of training", least=0, below=1)
+    dataset: str = flag("", "documents streamed in place of input_file: jsonl:, parquet: or text:FILES, hf:NAME")
+    text_field: str = flag("text", "of dataset: the field that holds a document's text")
+    val_dataset: str = flag("", "of dataset: documents to hold against it")
+    val_documents: int = flag(0, "of dataset: so many documents are held out of training", least=0)
+    avg_steps: int = flag(100, "of dataset, which has no pass: steps that avg_loss is the mean of", least=1)
 
     arch: str = flag("gpt2", "gpt2, or mla_moe: DeepSeek-V3's", "Model", choices=("gpt2", "mla_moe"))
     block_size: int = flag(1024, "context: the longest sequence that the model can read", least=1, below=2**20)
@@ -99,9 +102,9 @@ class TrainConfig:
     n_head: int = flag(12, "attention heads in a block", least=1)
     n_embd: int = flag(768, "width of the residual stream", least=1, below=2**20)
     dropout: float = flag(0.0, "probability of dropping an activation in training", least=0, below=1)
-    n_expert: int = flag(7, "of mla_moe: experts among which a router chooses in each block", least=1)
+    n_expert: int = flag(7, "of mla_moe: experts among which a router chooses in each block", least=1, below=1000)
     n_expert_active: int = flag(2, "of mla_moe: how many of them work on a token, beside the shared one", least=1)
-    expert_width: int = flag(0, "of mla_moe: width inside an expert (0: 3/2 of n_embd)", least=0)
+    expert_width: int = flag(0, "of mla_moe: width inside an expert (0: 3/2 of n_embd)", least=0, below=2**20)
     balance_rate: float = flag(1e-3, "of mla_moe: how fast a router evens out its experts' loads", least=0)
 
     batch_size: int = flag(8, "B: windows in a micro-batch (lower it when memory runs out)", "Training", least=1)
@@ -171,13 +174,10 @@ class TrainConfig:
             yield "steps_per_epoch epochs", "steps_per_epoch is for runs by epochs: add --epochs N, or leave it out"
         if self.steps and self.warmup_steps and self.warmup_steps > self.steps:
             yield "steps warmup_steps", record.late_warmup(self)
-        if not self.val_fraction and (self.patience or self.best_by == "val"):
+        held_out = self.val_fraction or self.val_documents or self.val_dataset
+        if not held_out and (self.patience or self.best_by == "val"):
             needs = "patience and best_by val need held-out text: add --val_fraction 0.1"
             yield "val_fraction patience best_by", needs
-        if self.resume and self.overwrite:
-            yield "resume overwrite", "resume and overwrite exclude each other: give one of them"
-        if self.init_from and self.resume not in ("", "auto"):
-            yield "init_from resume", "init_from starts a run, and resume goes on with one: give one of them"
         yield from rundir.start_problems(self)
 
     def completed(self, batches_per_pass: int, batches_per_step: int) -> TrainConfig:
@@ -236,6 +236,7 @@ class TokenBatcher:
             raise UsageError(text.too_short(len(tokens), batch_size, seq_len))
         self.shifts = seq_len if shift else 1  # from 0 to T-1, or none
         self.n_batches = math.ceil((self.n_targets + self.shifts - 1) / self.batch_tokens)  # in a pass
+        self.averaged = self.n_batches  # that avg_loss is the mean of
         self.position = 0  # batches taken so far, by all processes together
         self.shuffled_pass = -1  # the pass that `order` is of
         self.order: torch.Tensor | None = None
@@ -264,10 +265,7 @@ class TokenBatcher:
         start = max(0, index * self.batch_tokens - shift)  # the first one is moved to the corpus's begin
         start = min(start, self.n_targets - self.batch_tokens)  # the last one is moved back
         chunk = torch.from_numpy(self.tokens[start : start + self.batch_tokens + 1].astype(np.int64))
-        on_cuda = self.device.type == "cuda"
-        if on_cuda:  # from pinned memory it travels while the program goes on; on MPS that corrupts data
-            chunk = chunk.pin_memory()
-        chunk = chunk.to(self.device, non_blocking=on_cuda)
+        chunk = machine.to_device(chunk, self.device)
         idx = chunk[:-1].view(self.batch_size, self.seq_len)  # a view: nothing is copied
         targets = chunk[1:].view(self.batch_size, self.seq_len)  # each position's target is the token after it
         return idx, targets
@@ -285,6 +283,9 @@ class TokenBatcher:
     def tokens_taken(self) -> int:
         return self.position * self.batch_tokens
 
+    def passes(self) -> float:
+        return self.position / self.n_batches
+
     def state_dict(self) -> dict:
         return {"position": self.position, "n_targets": self.n_targets, "batch_tokens": self.batch_tokens}
 
@@ -296,16 +297,28 @@ class TokenBatcher:
 
 
 def held_out_batches(tokens: np.ndarray, config: TrainConfig, runtime: Runtime) -> TokenBatcher | None:
-    """Held-out text in windows as in training, fewer of them at once where it is short. Raises UsageError."""
-    if not config.val_fraction:
+    """Held-out text in windows as in training, fewer of them at once where it is short."""
+    if not len(tokens):
         return None
-    if len(tokens) <= config.seq_len:
-        raise UsageError(
-            f"val_fraction {config.val_fraction} holds out {len(tokens)} tokens, and one window takes"
-            f" {config.seq_len + 1}: give a larger --val_fraction, or a shorter --seq_len"
-        )
     batch_size = min(config.batch_size, (len(tokens) - 1) // config.seq_len)
     return TokenBatcher(tokens, batch_size, config.seq_len, device=runtime.device)
+
+
+def batches_of(corpus: text.Corpus, training: np.ndarray, config: TrainConfig, tokenizer, runtime: Runtime):
+    """What a run trains on: batches of a text or, with --dataset, of a stream."""
+    if config.dataset:
+        return corpus.batches(config, tokenizer, runtime)
+    return TokenBatcher(
+        training,
+        config.batch_size,
+        config.seq_len,
+        shuffle=config.randomize_batches,
+        shift=config.shift_windows,
+        seed=config.seed,
+        rank=runtime.rank,
+        world_size=runtime.world_size,
+        device=runtime.device,
+    )
 
 
 # ======== Model: GPT-2 (Radford et al. 2019, "Language Models are Unsupervised Multitask Learners") ===================
@@ -329,9 +342,7 @@ class GPTConfig:
     @staticmethod
     def conflicts(config: TrainConfig) -> Iterator[tuple[str, str]]:
         """As TrainConfig.conflicts: what this architecture can't be."""
-        for name in ("n_expert", "n_expert_active", "expert_width", "balance_rate"):
-            if getattr(config, name) != getattr(TrainConfig, name):
-                yield f"{name} arch", f"{name} is for --arch mla_moe: add that, or leave --{name} out"
+        return flags_of_experts(config)
 
     def __post_init__(self) -> None:
         """Raises ValueError for a shape that no model can have."""
@@ -730,19 +741,10 @@ class Trainer:
         self.corpus = corpus
         self.tokenizer = tokenizer
         self.runtime = runtime
-        cut = text.held_out_from(corpus.tokens, config.val_fraction, tokenizer)
-        self.held_out = held_out_batches(corpus.tokens[cut:], config, runtime)
-        self.batcher = TokenBatcher(
-            corpus.tokens[:cut],
-            config.batch_size,
-            config.seq_len,
-            shuffle=config.randomize_batches,
-            shift=config.shift_windows,
-            seed=config.seed,
-            rank=runtime.rank,
-            world_size=runtime.world_size,
-            device=runtime.device,
-        )
+        training, held_out = corpus.split(config, tokenizer)
+        self.held_out = held_out_batches(held_out, config, runtime)
+        self.batcher = batches_of(corpus, training, config, tokenizer, runtime)
+        self.proven_on = self.batcher if self.batcher.n_batches else self.held_out  # a stream is never seen whole
         self.batches_per_step = config.grad_accum * runtime.world_size  # of all processes together
         self.tokens_per_step = self.batches_per_step * self.batcher.batch_tokens
         self.config = config.completed(self.batcher.n_batches, self.batches_per_step)
@@ -756,7 +758,7 @@ class Trainer:
         self.scheduler = build_scheduler(self.optimizer, self.config)
         self.forward = machine.compiled(self.wrapped) if config.compile else self.wrapped
         # The latest training loss of each batch of the corpus, 0 before its first: avg_loss is their mean.
-        self.losses = torch.zeros(self.batcher.n_batches, device=runtime.device)
+        self.losses = torch.zeros(self.batcher.averaged, device=runtime.device)
         self.unread: list[torch.Tensor] = []  # losses of the steps since they were last read
         self.progress = Progress()
 
@@ -843,15 +845,15 @@ class Trainer:
     def ends_pass(self) -> bool:
         """Was the last batch of a pass in the step just done?"""
         done = self.batcher.position
-        return done // self.batcher.n_batches > (done - self.batches_per_step) // self.batcher.n_batches
+        return done // self.batcher.averaged > (done - self.batches_per_step) // self.batcher.averaged
 
     def seen_all(self) -> bool:
         """Has the run had a first full pass, so that avg_loss is of the whole corpus?"""
-        return self.batcher.position >= self.batcher.n_batches
+        return self.batcher.position >= self.batcher.averaged
 
     def avg_loss(self) -> float:
         """Mean training loss of the last pass: of each batch once (before a first full pass: of those seen)."""
-        seen = max(1, min(self.batcher.position, self.batcher.n_batches))
+        seen = max(1, min(self.batcher.position, self.batcher.averaged))
         return self.losses.cpu().sum(dtype=torch.float64).item() / seen
 
     def read_losses(self) -> float:
@@ -871,7 +873,7 @@ class Trainer:
             progress.best_loss = min(progress.best_loss, avg_loss)
         return {
             "step": progress.step,
-            "epoch": self.batcher.position / self.batcher.n_batches,
+            "epoch": self.batcher.passes(),
             "tokens": self.batcher.tokens_taken(),
             "loss": float(progress.loss),
             "avg_loss": avg_loss,
@@ -885,18 +887,14 @@ class Trainer:
     # ---- what is asked of the model: nothing of it changes anything in training ----
 
     def evaluate(self, poll: Callable[[], None], batcher: TokenBatcher, first: int = 0) -> float:
-        """Mean loss in nats per token over a batcher's batches, unshifted, or the `first` of them: eval mode, each
-        target once."""
+        """Mean loss in nats per token over a batcher's batches, unshifted, or the `first` of them, in eval mode."""
         name = "proof" if batcher is self.batcher else "val"
         count = first or math.ceil(batcher.n_targets / batcher.batch_tokens)
         return inference.evaluate(self.model, self.runtime, batcher, count, name, poll)
 
     def prompts(self) -> list[str]:
         """The given prompt, then openings of passages drawn from the corpus by seed."""
-        prompt = self.given.prompt or "\n"
-        if prompt == TrainConfig.prompt and not self.tokenizer.knows(prompt):
-            prompt = ""  # nobody asked for it
-        return text.draw_prompts(self.corpus.text, prompt, self.given.num_prompts, self.given.seed)
+        return text.prompts_of(self.corpus, self.tokenizer, self.given)
 
     def sample(self, poll: Callable[[], None]) -> list[tuple[str, str]]:
         """(prompt, continuation) of each prompt, from a random generator of its own."""
@@ -932,7 +930,7 @@ class Trainer:
 
     def load_state_dict(self, state: dict) -> None:
         """Goes back to where `state` was taken. Raises UsageError if settings that must stay have changed."""
-        checkpoint.check_same_run(state, dataclasses.asdict(self.given), self.corpus)
+        checkpoint.check_same_run(state, dataclasses.asdict(self.given), self.corpus, self.tokenizer)
         state = self.runtime.cut(state, self.model, self.optimizer)
         self.model.load_state_dict(state["model"])
         checkpoint.load_optimizer(self.optimizer, state["optimizer"])
@@ -1006,6 +1004,9 @@ class Loop:
             return self.finish(self.train_steps())
         except Stopped:
             return self.finish("interrupted")
+        except BetweenStepsError:
+            self.save(choose_best=False)
+            raise
 
     def fail(self, why: str) -> None:
         """Says in log and run.json that the run failed."""
@@ -1122,20 +1123,20 @@ class Loop:
             return False
         self.record.results["seconds_to_target"] = round(self.clock.seconds(), 3)
         self.save()  # before the proof, so that a fault there loses nothing
-        self.log.info(f"avg_loss {avg_loss:.6f} is under {target}: proving it over the whole corpus")
+        self.log.info(f"avg_loss {avg_loss:.6f} is under {target}: proving it over {self.trainer.corpus.whole}")
         if self.prove() < target:
             return True
         self.log.info("The proof isn't under the target: training goes on, and it is tried again a pass later")
         if progress.step != self.config.steps:
             del self.record.results["final_loss"]  # of these weights
-        progress.next_proof = progress.step + math.ceil(self.trainer.batcher.n_batches / self.trainer.batches_per_step)
+        progress.next_proof = progress.step + math.ceil(self.trainer.batcher.averaged / self.trainer.batches_per_step)
         return False
 
     def prove(self) -> float:
         """Computes final_loss."""
-        final_loss = self.trainer.evaluate(self.poll, self.trainer.batcher)
+        final_loss = self.trainer.evaluate(self.poll, self.trainer.proven_on)
         self.record.results["final_loss"] = final_loss
-        targets = self.trainer.batcher.n_targets
+        targets = self.trainer.proven_on.n_targets
         self.log.info(f"final_loss {final_loss:.6f} (eval mode, each of {targets:,} targets once)")
         return final_loss
 
@@ -1247,13 +1248,11 @@ def train(config: TrainConfig, command: str = "", meeting: machine.Alone | None 
     with join(meeting or meet(), alone, config) as runtime:
         with runtime.first_one_first():  # the others find the tokens in the cache
             keep = not config.dry_run
-            tokenizer, corpus = text.load_text(config.input_file, config.tokenizer, config.cache_dir, keep)
-        runtime.check_alike({"the text's SHA-256": corpus.sha256})
+            tokenizer, corpus = text.open_corpus(config, keep)
+        runtime.check_alike({"the text's SHA-256": corpus.sha256, "the tokenizer": tokenizer.name})
         trainer = Trainer(config, corpus, tokenizer, runtime)
         if config.dry_run:
-            lines = list(dry_run.describe(trainer))
-            if runtime.rank == 0:
-                rundir.show("\n".join(lines))
+            dry_run.show(trainer)
             return {"exit_code": 0}
         with contextlib.ExitStack() as held, warnings.catch_warnings():
             # Where the loss scaler skips the very first step, the schedule does move first, and should.

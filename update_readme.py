@@ -3,6 +3,7 @@
     python update_readme.py                             # from out/, into README.md, docs/*.md and assets/
     python update_readme.py --run_dir records/shakespeare --check  # up to date? 0 yes, 5 no; writes nothing
     python update_readme.py --run_dir records/shakespeare --diff   # what would change; writes nothing
+    python update_readme.py --html report.html          # one page for the browser, with samples from first to last
     python update_readme.py --init README_of_mine.md    # a README of your own, to be filled: --readme README_of_mine.md
 
 SUMMARY, MODEL, CURVE, METRICS, SAMPLES, LOGS and REPRODUCE come from the run directory; report/run.py says what is read
@@ -16,12 +17,12 @@ Exit codes: 0 written or already current, 1 broken markers (file:line), a run or
 
 # /// script
 # requires-python = ">=3.10,<3.15"
-# dependencies = ["matplotlib==3.10.9", "markdown-it-py>=3,<5"]
+# dependencies = ["matplotlib==3.10.9", "markdown-it-py>=3,<5", "tqdm>=4.66,<5"]
 # ///
 
 from __future__ import annotations
 
-from support import interrupt  # isort: skip  # first, so that Ctrl-C in the seconds of importing is one line
+from support import importing  # isort: skip  # first, so that Ctrl-C in the seconds of importing is one line
 
 import argparse
 import contextlib
@@ -38,7 +39,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from report import blocks, pictures, published
+from report import blocks, html, pictures, published
 from report.flags import flags
 from report.markdown import one_line, plain
 from report.markers import NAMES, OTHER_NAMES, find_blocks
@@ -110,8 +111,10 @@ class Change:
         if self.old is None:
             return
         about = self.target().stat()
-        if not about.st_mode & 0o222 or not os.access(self.target(), os.W_OK):
+        if not about.st_mode & 0o222:
             raise ReadmeError(f"{self.path} is write-protected: chmod u+w {shlex.quote(str(self.path))} permits it")
+        if not os.access(self.target(), os.W_OK):
+            raise ReadmeError(f"{self.path} can't be written: it is another user's, or the disk is read-only")
         if about.st_nlink > 1:
             remedy = "put a copy in its place, which is a file of its own"
             raise ReadmeError(f"{self.path} has other names (hard links), which would keep the old text: {remedy}")
@@ -358,6 +361,7 @@ def build_parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--assets_dir", type=Path, help="where pictures go (default: assets beside the first file)")
     parser.add_argument("--init", type=Path, metavar="FILE", help="write a README with all blocks, for a run of yours")
+    parser.add_argument("--html", type=Path, metavar="FILE", help="write the run's report for a browser, and no README")
     parser.add_argument("--check", action="store_true", help="write nothing; exit with 5 if a file is stale")
     parser.add_argument("--diff", action="store_true", help="write nothing; show what would change")
     return parser
@@ -366,15 +370,19 @@ def build_parser() -> argparse.ArgumentParser:
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs the command line and returns the exit code; faults are one sentence each, on stderr."""
     args = build_parser().parse_args(argv)
-    interrupt.hand_over()
+    importing.hand_over()
     try:
         if args.init:
             return write_template(args)
+        if args.html:
+            return write_report(args)
         return update(args)
     except ReadmeError as e:
         say(str(e), to=sys.stderr)
     except OSError as e:
         say(f"update_readme.py: {e.strerror or e} ({e.filename or 'no file named'})", to=sys.stderr)
+    except MemoryError:
+        say("update_readme.py: the memory is full: stop other programs", to=sys.stderr)
     except KeyboardInterrupt:
         say("update_readme.py: interrupted", to=sys.stderr)
         return 130
@@ -420,6 +428,23 @@ def write_template(args: argparse.Namespace) -> int:
         say(f"update_readme.py: {args.init} is there already: name a new file with --init", to=sys.stderr)
         return 2
     say(f"{args.init}: written\nTo fill it: {fill}", to=sys.stdout)
+    return 0
+
+
+def write_report(args: argparse.Namespace) -> int:
+    """The run's report for a browser. Raises ReadmeError or OSError."""
+    if args.readme or args.check or args.diff:
+        say("update_readme.py: --html only writes a report: leave out --readme, --check and --diff", to=sys.stderr)
+        return 2
+    old = args.html.read_bytes() if args.html.exists() else None
+    if old and not html.is_report(old):
+        say(f"update_readme.py: {args.html} is there, and is no report: name another file with --html", to=sys.stderr)
+        return 2
+    run, notes = read_run(args.run_dir, relative(args.run_dir, folder_of(args.html)))
+    change = Change(args.html, old, html.report(run).encode())
+    change.clear_up()
+    write([change])
+    say("\n".join([*notes, f"{args.html}: written"]), to=sys.stdout)
     return 0
 
 

@@ -37,6 +37,7 @@ def summary(run: Run) -> str:
     lines += losses(run)
     lines.append(final_loss(run))
     lines += cost(run)
+    lines += load(run)
     logged = f"Logged rows: **{len(run.rows)}**"
     if not run.rows:
         logged += ", no step has been logged yet"
@@ -81,7 +82,7 @@ def how_it_ended(run: Run) -> str:
 
 def losses(run: Run) -> Iterator[str]:
     """The best and the last, each with its step."""
-    remarks = {"loss": "", "avg_loss": " (a full pass)", "val_loss": ""}
+    remarks = {"loss": "", "avg_loss": f" ({run.averaged_over()})", "val_loss": ""}
     if run.measure() == "avg_loss":
         remarks["loss"] = " (one step)"
     for key, remark in remarks.items():
@@ -95,7 +96,7 @@ def losses(run: Run) -> Iterator[str]:
 
 
 def final_loss(run: Run) -> str:
-    """Was the target met? Only the proof over the whole text, final_loss, can tell."""
+    """Was the target met? Only the proof, final_loss, can tell."""
     target = run.target_loss()
     final = run.number("final_loss")
     if final is not None:
@@ -126,6 +127,18 @@ def cost(run: Run) -> Iterator[str]:
         yield text
     elif tokens and seconds:
         yield f"Trained: {tokens:,.0f} tokens in {duration(seconds)}"
+
+
+def load(run: Run) -> Iterator[str]:
+    """How evenly the experts shared the work at the end, where there are any."""
+    rows = run.with_figure("busiest")
+    if not rows:
+        return
+    text = f"Experts: at the end the busiest one of a layer had **{rows[-1]['busiest']:.0%}** of its work"
+    number = finite(run.settings().get("n_expert"))
+    if number and number > 0:
+        text += f" (evenly shared: {1 / number:.0%})"
+    yield text
 
 
 def figure(row: Row, key: str) -> str:
@@ -279,7 +292,7 @@ def verbatim_runs(run: Run) -> list[str]:
 
 def samples(run: Run) -> str:
     """The latest sample, whole; one that is very long is cut between two prompts, or else between two lines."""
-    step, text = run.sample
+    step, text = run.latest_sample()
     if not text.strip():
         return "No sample has been written yet."
     head = "The latest sample:"

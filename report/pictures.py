@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import logging
 import math
 import os
 import re
@@ -44,15 +45,21 @@ Key = list[tuple[str, dict]]  # (what a line is, how it looks)
 
 
 def curve(run: Run) -> bytes:
-    """The losses (log scale) and the learning rate against the step."""
+    """The losses (log scale), the learning rate and, of experts, their load against the step."""
 
     def draw(figure) -> None:
+        has_experts = bool(series(run, "busiest")[0])
         # At fixed places, since measured text would move them.
-        upper = figure.add_axes((0.11, 0.36, 0.75, 0.57), facecolor=PAPER)
+        upper_place = (0.11, 0.53, 0.75, 0.40) if has_experts else (0.11, 0.36, 0.75, 0.57)
+        upper = figure.add_axes(upper_place, facecolor=PAPER)
         draw_losses(upper, run)
+        if has_experts:
+            upper.tick_params(labelbottom=False)
+            middle = figure.add_axes((0.11, 0.34, 0.75, 0.15), facecolor=PAPER, sharex=upper)
+            draw_load(middle, run)
         steps, _ = series(run, "lr")
         if steps:
-            upper.tick_params(labelbottom=False)
+            figure.axes[-1].tick_params(labelbottom=False)
             lower = figure.add_axes((0.11, 0.10, 0.75, 0.20), facecolor=PAPER, sharex=upper)
             draw_lr(lower, run)
         figure.axes[-1].set_xlabel("step", color=INK)
@@ -80,12 +87,14 @@ def picture(draw: Callable, title: str) -> bytes:
 
     It brings its own background, so that it is legible on any page, and turns dark where the reader prefers that."""
     os.environ["MPLBACKEND"] = "svg"  # a notebook leaves the name of one that isn't there
+    logging.getLogger("matplotlib").setLevel(logging.ERROR)  # in a read-only home it tells at length where its cache is
     try:
         import matplotlib
         from matplotlib.backends.backend_svg import FigureCanvasSVG
         from matplotlib.figure import Figure
-    except ImportError:
-        raise ReadmeError("CURVE and COMPARE need matplotlib: pip install -r requirements.txt") from None
+    except ImportError as e:
+        why = str(e).strip().splitlines()[-1]
+        raise ReadmeError(f"CURVE and COMPARE need matplotlib ({why}): pip install -r requirements.txt") from None
     # Text stays text and ids depend on nothing but the drawing, so that no font and no clock gets into the file.
     style = {"svg.fonttype": "none", "svg.hashsalt": "curve", "font.family": "sans-serif", "font.size": 10}
     with matplotlib.rc_context({**matplotlib.rcParamsDefault, **style}):
@@ -124,7 +133,7 @@ def describe(run: Run) -> str:
     target = run.target_loss()
     if target and key == "avg_loss":
         text += f", {under_or_not(best[key], target)} the target of {target:g}"
-    text += describe_held_out(run)
+    text += describe_held_out(run) + describe_load(run)
     final = run.number("final_loss")
     if final is not None:
         text += f"; final_loss over {run.proven_over()} is {final:.4g}"
@@ -140,6 +149,13 @@ def describe_held_out(run: Run) -> str:
     if rows[-1] is not lowest:
         text += f", and {rows[-1]['val_loss']:.4g} at the end"
     return text
+
+
+def describe_load(run: Run) -> str:
+    rows = run.with_figure("busiest")
+    if not rows:
+        return ""
+    return f"; at the end the busiest expert had {rows[-1]['busiest']:.2g} of its layer's load"
 
 
 def describe_comparison(run: Run) -> str:
@@ -160,7 +176,7 @@ def describe_comparison(run: Run) -> str:
 def series(run: Run, key: str, over: str = "step") -> tuple[list[float], list[float]]:
     """(steps, values) of a column, as many as can be told apart in the picture; avg_loss from the first full pass on.
 
-    Before that it is no mean over the text, and the key says that it is."""
+    Before that it is no mean over what the key says."""
     least = 0 if key == "lr" else TINY
     rows = run.with_figure(key)
     steps = []
@@ -176,7 +192,7 @@ def series(run: Run, key: str, over: str = "step") -> tuple[list[float], list[fl
 
 def draw_losses(axes, run: Run) -> None:
     measure = run.measure()
-    lines = [("avg_loss", "avg_loss (a full pass)", LOSS), ("val_loss", "val_loss (held out)", HELD_OUT)]
+    lines = [("avg_loss", f"avg_loss ({run.averaged_over()})", LOSS), ("val_loss", "val_loss (held out)", HELD_OUT)]
     if measure == "loss":
         lines.insert(0, ("loss", "loss", LOSS))
     else:
@@ -238,6 +254,20 @@ def draw_lr(axes, run: Run) -> None:
     peak_label = f"{peak:.1e}".replace("e-0", "e-").replace(".0e", "e")
     axes.set_yticks([0, peak], ["0", peak_label])
     axes.set_ylabel("lr", color=INK)
+    frame(axes)
+
+
+def draw_load(axes, run: Run) -> None:
+    """How evenly experts share the work: their entropy is 1 where they all do the same."""
+    for name, label, colour in (("load_entropy", "entropy", LOSS), ("busiest", "busiest", HELD_OUT)):
+        steps, values = series(run, name)
+        if steps:
+            draw_line(axes, steps, values, colour)
+            beside_the_axes = {"va": "center", "xycoords": ("axes fraction", "data")}
+            axes.annotate(label, (1.01, values[-1]), color=colour, **beside_the_axes)
+    axes.set_ylim(0, 1.08)
+    axes.set_yticks([0, 1], ["0", "1"])
+    axes.set_ylabel("experts", color=INK)
     frame(axes)
 
 

@@ -190,7 +190,7 @@ def judged_by(run: Run) -> str:
         judged.append(f"**{final:.4f}**, final_loss over {run.proven_over()}")
     full_passes = run.with_figure("avg_loss")
     if full_passes:
-        judged.append(f"{full_passes[-1]['avg_loss']:.4f}, avg_loss of a full pass")
+        judged.append(f"{full_passes[-1]['avg_loss']:.4f}, avg_loss of {run.averaged_over()}")
     if "ended" in run.record and not ended:
         judged.append("not ended yet")
     elif ended and final is None:

@@ -38,11 +38,15 @@ FORMATS = {
     "val_loss": ".6f",
     "lr": ".2e",
     "grad_norm": ".3f",
+    "load_entropy": ".4f",
+    "busiest": ".4f",
     "tok_per_s": ",.1f",
     "elapsed_s": ",.1f",
 }
 SAMPLE_HEAD = re.compile(r"^={20,}[ \t]*\n+STEP[ \t:]+(\d{1,15})[^\n]*\n", re.M)
 LEFT_OUT_NAMED = 3  # rows of a CSV that are left out and named one by one; the others are counted
+
+Sample = tuple[int | None, str]  # (step, text) of a block of samples.txt; None where the step isn't on record
 
 
 class ReadmeError(Exception):
@@ -89,7 +93,7 @@ class Run:
     record: dict  # run.json; {} where there is none
     rows: list[Row]  # the logged steps, each once, in order
     log: Log
-    sample: tuple[int | None, str]  # (step, text) of the latest; (None, "") where there is none
+    samples: list[Sample]  # in the order in which they were written
     beside: tuple[Run, ...] = ()  # the published runs on the same text
     held_out: tuple[Run, ...] = ()  # the published runs that held some of it out
 
@@ -113,11 +117,13 @@ class Run:
         return {}
 
     def with_figure(self, key: str) -> list[Row]:
-        """The rows that have a finite `key`. For avg_loss: only those since the first full pass."""
+        """The rows that have a finite `key`. For avg_loss: only those since it is the mean of what it should be of."""
         if key in self.found:
             return self.found[key]
         rows = [row for row in self.rows if math.isfinite(row.get(key, math.nan))]
-        if key == "avg_loss":
+        if key == "avg_loss" and self.avg_steps():
+            rows = [row for row in rows if row["step"] >= self.avg_steps()]
+        elif key == "avg_loss":
             rows = [row for row in rows if row.get("epoch", 1) >= 1]
         self.found[key] = rows
         return rows
@@ -129,6 +135,17 @@ class Run:
     def measure(self) -> str:
         """The loss that tells most: avg_loss, where there is one of a full pass."""
         return "avg_loss" if self.best("avg_loss") else "loss"
+
+    def avg_steps(self) -> float:
+        """Of a run on a stream, which has no pass: how many steps avg_loss is the mean of. 0 for a run on a text."""
+        if "tokens" not in self.part("corpus") or self.part("corpus")["tokens"] is not None:
+            return 0.0
+        return finite(self.settings().get("avg_steps")) or 0.0
+
+    def averaged_over(self) -> str:
+        """What avg_loss is the mean over."""
+        steps = self.avg_steps()
+        return f"the last {steps:,.0f} steps" if steps else "a full pass"
 
     def settings(self) -> dict:
         """The configuration, from run.json or else from the log's line `Args: {...}`."""
@@ -146,9 +163,19 @@ class Run:
 
     def proven_over(self) -> str:
         """What final_loss is the mean over."""
+        if self.avg_steps():
+            return "the held-out documents"
         if finite(self.part("corpus").get("held_out")):
             return "all of the text but what was held out"
         return "the whole text"
+
+    def latest_sample(self) -> Sample:
+        """The latest that has any output, or else any text; (None, "") where there is none."""
+        for pattern in (r"^OUTPUT:\s*\S", r"\S"):
+            for step, text in reversed(self.samples):
+                if step is None or re.search(pattern, text, re.M):
+                    return step, text
+        return None, ""
 
 
 def read_run(folder: Path, name: str) -> tuple[Run, list[str]]:
@@ -170,10 +197,8 @@ def read_run(folder: Path, name: str) -> tuple[Run, list[str]]:
         rows = in_order(steps)
         if rows:
             notes.append(f"{folder} has no CSV with steps: the log serves")
-    sample = (None, "")
-    if sample_file:
-        sample = read_sample(sample_file)
-    return Run(harmless(name), record, rows, log, sample), notes
+    samples = read_samples(sample_file) if sample_file else []
+    return Run(harmless(name), record, rows, log, samples), notes
 
 
 def where_a_run_is(folder: Path) -> str:
@@ -237,20 +262,12 @@ def read_record(path: Path) -> dict:
     return record
 
 
-def read_sample(path: Path) -> tuple[int | None, str]:
-    """(step, text) of the latest block that has any output; a file without such blocks is taken whole."""
+def read_samples(path: Path) -> list[Sample]:
+    """The blocks of samples.txt; a file without such blocks is one."""
     parts = SAMPLE_HEAD.split(read_text(path))  # text before the first block, then step, text, step, text ...
     if len(parts) == 1:
-        return None, parts[0].strip("\n")
-    with_output = (None, "")
-    with_text = (None, "")
-    for step, text in zip(parts[1::2], parts[2::2], strict=True):
-        block = (int(step), text.strip("\n"))
-        if text.strip():
-            with_text = block
-        if re.search(r"^OUTPUT:\s*\S", text, re.M):
-            with_output = block
-    return with_output if with_output[1] else with_text
+        return [(None, parts[0].strip("\n"))]
+    return [(int(step), text.strip("\n")) for step, text in zip(parts[1::2], parts[2::2], strict=True)]
 
 
 # ---- The CSV ----

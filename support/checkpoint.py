@@ -21,6 +21,7 @@ FORMAT = 2  # raised when an older program couldn't read a newer file
 
 # In files from before these were settings.
 EARLIER_SETTINGS = {"optimizer": "adamw", "embed_lr": 0.0, "val_fraction": 0.0, "best_by": "train", "arch": "gpt2"}
+EARLIER_SETTINGS |= {"dataset": "", "val_dataset": "", "val_documents": 0, "text_field": "text", "avg_steps": 100}
 EARLIER_SETTINGS |= {"shift_windows": False, "n_expert": 7, "n_expert_active": 2, "expert_width": 0}
 
 
@@ -204,7 +205,7 @@ def load_model(path: str | Path, architectures: dict, lazy: bool = True) -> tupl
         if tokenizer.vocab_size != model.config.vocab_size:
             raise ValueError(f"{tokenizer.vocab_size} tokens, and a model of {model.config.vocab_size}")
         return model, tokenizer, checkpoint
-    except (KeyError, TypeError, ValueError, RuntimeError) as e:
+    except (AttributeError, KeyError, TypeError, ValueError, RuntimeError) as e:
         if is_out_of_memory(e):
             raise
         raise RunError(f"checkpoint {path} lacks what a model needs ({e!r:.80}): use another one") from e
@@ -217,15 +218,16 @@ def shapes_of(weights: dict[str, torch.Tensor]) -> dict[str, torch.Size]:
 # ---- is it the same run? ----
 
 # Another value of one of these makes another run, which a checkpoint can't go on with.
-FIXED = ("block_size", "n_layer", "n_head", "n_embd", "dropout", "tokenizer", "batch_size", "seq_len", "seed")
+FIXED = ("block_size", "n_layer", "n_head", "n_embd", "dropout", "batch_size", "seq_len", "seed")
 FIXED = (*FIXED, "randomize_batches", "shift_windows", "optimizer", "val_fraction", "best_by")
+FIXED = (*FIXED, "text_field", "val_documents", "avg_steps")
 FIXED = (*FIXED, "arch", "n_expert", "n_expert_active", "expert_width")
 # These belong to one start and not to the run.
-PASSING = ("preset", "out_dir", "resume", "overwrite", "init_from", "input_file", "cache_dir")
+PASSING = ("preset", "out_dir", "resume", "overwrite", "init_from", "input_file", "tokenizer", "cache_dir")
 
 
-def check_same_run(checkpoint: dict, given: dict, corpus: Corpus) -> None:
-    """Raises UsageError with every setting in `given`, and the text, that makes this another run."""
+def check_same_run(checkpoint: dict, given: dict, corpus: Corpus, tokenizer: Tokenizer) -> None:
+    """Raises UsageError with every setting in `given`, and the text and tokens, that make this another run."""
     if "optimizer" not in checkpoint:
         raise UsageError(f"{given['resume']} holds weights only: resume from the last.pt beside it")
     saved = checkpoint["config"]
@@ -236,6 +238,12 @@ def check_same_run(checkpoint: dict, given: dict, corpus: Corpus) -> None:
                 f"{name} {given[name]} conflicts with the checkpoint's {saved[name]}: leave --{name} out, or start anew"
                 " with another --out_dir"
             )
+    if checkpoint["tokenizer"]["name"] != tokenizer.name:
+        problems.append(
+            f"tokenizer {named(given['tokenizer'], tokenizer.name)} conflicts with the checkpoint's"
+            f" {named(saved['tokenizer'], checkpoint['tokenizer']['name'])}: leave --tokenizer out, or start anew with"
+            " another --out_dir"
+        )
     if checkpoint["corpus_sha256"] != corpus.sha256:
         problems.append(
             f"input_file {corpus.path} (SHA-256 {corpus.sha256[:12]}...) isn't the checkpoint's text"
@@ -249,6 +257,11 @@ def check_same_run(checkpoint: dict, given: dict, corpus: Corpus) -> None:
         )
     if problems:
         raise UsageError(*problems)
+
+
+def named(setting: str, name: str) -> str:
+    """A tokenizer as errors name it: of a file, its path may be the same and its content another."""
+    return setting if setting == name else f"{setting} ({name})"
 
 
 def origin_of(source: str) -> str:

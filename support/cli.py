@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from support import interrupt  # isort: skip  # first, as programs import this module first
+from support import importing  # isort: skip  # first, as programs import this module first
 
 import argparse
 import contextlib
@@ -21,7 +21,10 @@ from dataclasses import dataclass, field
 STOP_SIGNALS = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGBREAK") if hasattr(signal, name)]
 DEVICES = ("auto", "cpu", "cuda", "mps")
 PRECISIONS = ("auto", "fp16", "bf16", "off")
-DISK_FULL = (errno.ENOSPC, errno.EDQUOT)
+REMEDIES = {  # of faults of a disk
+    **dict.fromkeys((errno.ENOSPC, errno.EDQUOT), ": make room, then try again"),
+    **dict.fromkeys((errno.EACCES, errno.EPERM, errno.EROFS), ": change its permissions, or name another place"),
+}
 
 
 # ---- errors ----
@@ -37,6 +40,10 @@ class UsageError(Exception):
 
 class RunError(Exception):
     """A fault while running: exit code 1."""
+
+
+class BetweenStepsError(RunError):
+    """A fault before a step began: what a checkpoint has is as the step before left it."""
 
 
 class DamagedError(RunError):
@@ -59,7 +66,7 @@ def run_program(
 ) -> int:
     """Calls `body` and returns its exit code. Every known fault becomes one sentence on stderr and a code of its own:
     1 a fault while running, 2 unusable flags or input, 130 Ctrl-C. A fault that nobody foresaw keeps its traceback."""
-    interrupt.hand_over()
+    importing.hand_over()
     try:
         return body()
     except UsageError as e:
@@ -70,14 +77,13 @@ def run_program(
         say(name, str(e))
     except (RuntimeError, MemoryError) as e:
         if "can't start new thread" in str(e):
-            say(name, "no more threads can be started here: stop other programs, or raise the limit (ulimit -u)")
+            say(name, "no more threads can be started here: stop other programs, or raise the limits (ulimit -u, -v)")
         elif is_out_of_memory(e):
             say(name, f"the memory is full: {when_memory_is_full}")
         else:
             raise
     except OSError as e:
-        remedy = ": make room, then try again" if e.errno in DISK_FULL else ""
-        say(name, f"{e.strerror or e} ({e.filename or 'no file named'}){remedy}")
+        say(name, f"{e.strerror or e} ({e.filename or 'no file named'}){REMEDIES.get(e.errno, '')}")
     except KeyboardInterrupt:
         say(name, "interrupted")
         return 128 + signal.SIGINT
@@ -87,7 +93,7 @@ def run_program(
 def is_out_of_memory(e: Exception) -> bool:
     """Is this a full memory? torch says so in a plain RuntimeError, so its words are all there is."""
     words = str(e).lower()
-    told = ("can't allocate memory", "cannot allocate memory", "out of memory")
+    told = ("can't allocate memory", "cannot allocate memory", "out of memory", "bad_alloc")
     return isinstance(e, MemoryError) or any(one in words for one in told)
 
 

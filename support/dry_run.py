@@ -7,8 +7,15 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
+from support import rundir
 from support.cli import duration
 from support.machine import memory_needs, memory_of, saved_bytes
+
+
+def show(trainer) -> None:
+    lines = list(describe(trainer))  # by all processes
+    if trainer.runtime.rank == 0:
+        rundir.show("\n".join(lines))
 
 
 def describe(trainer) -> Iterator[str]:
@@ -25,8 +32,10 @@ def describe(trainer) -> Iterator[str]:
     free = shutil.disk_usage(existing_folder(config.out_dir)).free
     yield f"Disk: {checkpoints / 1e9:.2f} GB for last.pt, previous.pt and best.pt; {free / 1e9:.1f} GB are free"
     total = config.steps * trainer.tokens_per_step
-    passes = config.steps * trainer.batches_per_step / trainer.batcher.n_batches
-    yield f"Length: {config.steps:,} steps of {trainer.tokens_per_step:,} tokens, {total:,} in all, {passes:.1f} passes"
+    passes = ""
+    if trainer.batcher.n_batches:  # None for a stream
+        passes = f", {config.steps * trainer.batches_per_step / trainer.batcher.n_batches:.1f} passes"
+    yield f"Length: {config.steps:,} steps of {trainer.tokens_per_step:,} tokens, {total:,} in all{passes}"
     yield f"Learning rate: {describe_curve(trainer)}"
     trainer.train_step()  # the first also sets up
     float(trainer.progress.loss)

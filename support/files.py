@@ -195,7 +195,11 @@ def whole_folder(folder: Path):
     folder = folder.resolve()
     part = part_beside(folder.with_name(f".{folder.name}"))
     remove(part)
-    part.mkdir(parents=True)
+    try:
+        part.mkdir(parents=True)
+    except OSError as e:
+        e.filename = str(folder)  # what was asked for, and not what nobody has heard of
+        raise
     try:
         with naming(folder):
             yield part
@@ -208,7 +212,9 @@ def move_files(source: Path, target: Path) -> None:
     """In one step where there is no target yet. Else file by file, and what the target holds beside them stays."""
     if not target.exists():
         source.rename(target)
-    elif source.stat().st_dev == target.stat().st_dev:
+        return
+    check_places(source, target)
+    if source.stat().st_dev == target.stat().st_dev:
         for_each_file(source, target, replace)
     else:  # a disk of its own, which may be full: all of them are brought there first, since a rename tears no file
         inside = part_beside(target / f".{target.name}")
@@ -226,6 +232,15 @@ def for_each_file(source: Path, target: Path, do: Callable[[Path, Path], None]) 
             place = target / path.relative_to(source)
             place.parent.mkdir(parents=True, exist_ok=True)
             do(path, place)
+
+
+def check_places(source: Path, target: Path) -> None:
+    """Raises OSError where a file would meet a folder, or a folder a file: before any has been moved."""
+    for path in source.rglob("*"):
+        place = target / path.relative_to(source)
+        if place.exists() and place.is_dir() != path.is_dir():
+            number = errno.EISDIR if place.is_dir() else errno.ENOTDIR
+            raise OSError(number, os.strerror(number), str(place))
 
 
 def copy(source: Path, target: Path) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import shlex
 from pathlib import Path
 
 import huggingface_hub
@@ -40,7 +41,10 @@ def push_folder(folder: Path, name: str, kind: str, private: bool, replace: bool
     """Makes a place `name` for a "model" or a "space", and sends the folder there. With `replace` the place may be
     there already: its files stay in its history. Raises UsageError where that isn't so, RunError where the Hub or the
     network refuses; the folder stays."""
-    again = f"{folder} stays here: `hf upload {name} {folder} --repo-type {kind}` sends it"
+    command = ["hf", "upload", name, str(folder), "--repo-type", kind]
+    if private:
+        command.append("--private")
+    again = f"{folder} stays here: `{shlex.join(command)}` sends it"
     print(f"Sending {folder} to {name} ...", flush=True)
     with hub_faults(name, again):
         api = huggingface_hub.HfApi()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import codecs
+import contextlib
 import random
 import reprlib
 from collections.abc import Callable, Iterator
@@ -198,11 +199,24 @@ def leaks_future(model, runtime: Runtime, seq_len: int) -> bool:
     def earlier_logits(rows: torch.Tensor) -> torch.Tensor:
         return model(rows.to(runtime.device))[0][0, :t].float().cpu()
 
-    with runtime.autocast():
+    with runtime.autocast(), steady(model):
         once = earlier_logits(idx)
         noise = (earlier_logits(idx) - once).abs().max()
         change = (earlier_logits(moved) - once).abs().max()
     return bool(change > noise)
+
+
+@contextlib.contextmanager
+def steady(model):
+    """Within, experts don't share the tokens out: in groups of another size, the same sums round differently."""
+    experts = [module for module in model.modules() if hasattr(module, "in_groups")]
+    for one in experts:
+        one.in_groups = False
+    try:
+        yield
+    finally:
+        for one in experts:
+            one.in_groups = True
 
 
 def check_causality(model, runtime: Runtime, seq_len: int) -> str:

@@ -187,6 +187,15 @@ def start_runtime(device: str = "auto", amp: str = "auto", deterministic: bool =
 # ---- device and precision ----
 
 
+def to_device(ids: torch.Tensor, device: torch.device) -> torch.Tensor:
+    """From pinned memory, ids travel to a CUDA GPU while the program goes on. On MPS that corrupts data (pytorch
+    139550, 189690)."""
+    on_cuda = device.type == "cuda"
+    if on_cuda:
+        ids = ids.pin_memory()
+    return ids.to(device, non_blocking=on_cuda)
+
+
 def device_present(name: str) -> bool:
     if name == "cuda":
         return torch.cuda.is_available()

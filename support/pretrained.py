@@ -14,6 +14,8 @@ from support.cli import RunError, UsageError, is_out_of_memory
 from support.text import Tokenizer, packaged_folder
 
 GPT2_VOCAB_SIZE = 50257
+# train.py's settings that give a model its shape
+SHAPE = ("arch", "n_layer", "n_head", "n_embd", "block_size", "n_expert", "n_expert_active", "expert_width")
 # transformers keeps these as Conv1D, whose matrices are the transposed of nn.Linear's
 TRANSPOSED = ("attn.c_attn.weight", "attn.c_proj.weight", "mlp.c_fc.weight", "mlp.c_proj.weight")
 
@@ -57,15 +59,18 @@ def read_shape(source: Path) -> dict:
         raise UsageError(f"{source} has no config.json of a GPT-2 ({e!r:.80}): name such a folder") from None
     check_kind(source, config, shape["n_embd"], vocab_size)
     check_vocabulary(source)
-    return shape | {"tokenizer": "gpt2"}
+    return shape | {"arch": "gpt2", "tokenizer": "gpt2"}
 
 
 def read_checkpoint_shape(path: Path) -> dict:
     checkpoint = load_checkpoint(path, lazy=True)
     try:
-        shape = {name: checkpoint["model_config"][name] for name in ("n_layer", "n_head", "n_embd", "block_size")}
+        shape = {name: checkpoint["config"][name] for name in SHAPE}
+        shape["block_size"] = int(shape["block_size"])  # the others are looked at as flags are
+        if "tokenizer_json" in checkpoint["tokenizer"]:  # whose path may be another one by now: see check_tokens
+            return shape
         return shape | {"tokenizer": checkpoint["tokenizer"]["name"]}
-    except (KeyError, TypeError) as e:
+    except (KeyError, TypeError, ValueError) as e:
         raise RunError(f"checkpoint {path} lacks what a model needs ({e!r:.80}): use another one") from None
 
 
@@ -100,9 +105,13 @@ def check_vocabulary(folder: Path) -> None:
         raise UsageError(f"{folder} has a vocabulary of its own, and train.py knows only GPT-2's: use another one")
 
 
-def check_characters(path: Path, tokenizer: Tokenizer) -> None:
-    """Raises UsageError unless the model in a checkpoint knows exactly the characters of the new text."""
-    known = load_checkpoint(path, lazy=True)["tokenizer"]["vocabulary"]
+def check_tokens(path: Path, tokenizer: Tokenizer) -> None:
+    """Raises UsageError unless the model in a checkpoint knows exactly the tokens of the new text."""
+    saved = load_checkpoint(path, lazy=True)["tokenizer"]
+    if saved["name"] != tokenizer.name:
+        which = f"{saved['name']}, and this is {tokenizer.name}"
+        raise UsageError(f"{path} was trained with another tokenizer ({which}): give its tokenizer.json by --tokenizer")
+    known = saved.get("vocabulary", ())
     if list(known) != list(tokenizer.vocabulary):
         names = ", ".join(map(repr, sorted(set(known) ^ set(tokenizer.vocabulary))[:9]))
         remedy = "use a text with the same ones, or leave --init_from out"
@@ -146,8 +155,8 @@ def read_tensors(folder: Path) -> dict[str, torch.Tensor]:
 def load_weights(model: torch.nn.Module, source: Path, tokenizer: Tokenizer) -> None:
     """Puts the weights into a model of their shape. Raises RunError where they don't fit, UsageError where they are of
     other characters than the new text."""
-    if tokenizer.name == "char":
-        check_characters(source, tokenizer)
+    if not source.is_dir():
+        check_tokens(source, tokenizer)
     weights = read_weights(source)
     name = not_finite(weights)
     if name:

@@ -38,12 +38,7 @@ def opening(trainer, limit: Limit, causality: str) -> Iterator[str]:
     yield "Parameters by component: " + ", ".join(f"{name} {count:,}" for name, count in counts.items())
     if trainer.origin:
         yield f"Weights: from {trainer.origin}"
-    corpus = trainer.corpus
-    yield f"Corpus: {corpus.path}, {corpus.characters:,} characters; " + "; ".join(corpus.notes)
-    tokens = f"Tokens: {len(corpus.tokens):,} in {trainer.batcher.n_batches:,} batches a pass"
-    if trainer.held_out:
-        tokens += f", and the last {len(trainer.held_out.tokens):,} held out"
-    yield tokens
+    yield from trainer.corpus.describe(trainer.batcher, trainer.held_out)
     yield (
         f"Tokens per step: {trainer.tokens_per_step:,} (batch_size {config.batch_size} x seq_len {config.seq_len}"
         f" x grad_accum {config.grad_accum} x processes {runtime.world_size})"
@@ -327,7 +322,7 @@ def describe_run(trainer) -> dict:
     """The part of run.json that says what this run is, and how far it is."""
     progress = trainer.progress
     runtime = trainer.runtime
-    corpus = trainer.corpus
+    held_out = len(trainer.held_out.tokens) if trainer.held_out else 0
     return {
         "config": dataclasses.asdict(trainer.config),
         "seed": trainer.config.seed,
@@ -337,12 +332,7 @@ def describe_run(trainer) -> dict:
         "processes": runtime.world_size,
         "git_commit": git_commit(),
         "origin": trainer.origin or None,
-        "corpus": {
-            "file": corpus.path,
-            "sha256": corpus.sha256,
-            "tokens": len(corpus.tokens),
-            "held_out": len(trainer.held_out.tokens) if trainer.held_out else 0,
-        },
+        "corpus": {**trainer.corpus.about(), "held_out": held_out},
         "parameters": sum(p.numel() for p in trainer.model.parameters()),
         "steps": progress.step,
         "tokens": trainer.batcher.tokens_taken(),

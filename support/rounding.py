@@ -34,6 +34,16 @@ def round_weights(model: torch.nn.Module, dtype: str) -> None:
     print(f"Weights rounded to {dtype}: {difference(before, after)}", flush=True)
 
 
+def stored_as(dtype: str, tensors: dict[str, torch.Tensor], model: torch.nn.Module) -> dict[str, torch.Tensor]:
+    """The tensors of a model in the type of that name. Buffers, as the bias of a router, stay in fp32: they weren't
+    rounded, and transformers keeps them so too."""
+    buffers = dict(model.named_buffers())
+    stored = {}
+    for name, tensor in tensors.items():
+        stored[name] = tensor if name in buffers else tensor.to(DTYPES[dtype])
+    return stored
+
+
 def difference(before: torch.Tensor, after: torch.Tensor) -> str:
     """What to say of two tensors of logits, (1, T, V)."""
     most = (after - before).abs().max().item()

@@ -27,7 +27,7 @@ from support.checkpoint import changes_since, load_checkpoint
 from support.cli import DamagedError, RunError, UsageError, is_out_of_memory, say
 from support.files import atomic_write, lock_file, odd_kind, replace
 from support.machine import machine_problems, shared_grad_accum
-from support.text import input_problems
+from support.text import input_problems, tokenizer_problems
 
 ROOT = Path(__file__).resolve().parent.parent
 ENDINGS = ("target reached", "steps done", "patience over")  # of a run that has nothing more to do
@@ -86,7 +86,8 @@ class RunDirectory:
                 remedy = "move it away, or choose another --out_dir"
                 return f"out_dir {self.root} can't be written, since {existing} is {odd}: {remedy}"
             if not os.access(existing, os.W_OK):
-                return f"out_dir {self.root} can't be written: change the permissions of {existing}"
+                remedy = f"change the permissions of {existing}, or choose another --out_dir"
+                return f"out_dir {self.root} can't be written: {remedy}"
         except (OSError, ValueError) as e:  # ValueError: a NUL in the name
             why = getattr(e, "strerror", None) or e
             return f"out_dir {str(self.root)[:80]!r} can't be used ({why}): choose another --out_dir"
@@ -240,7 +241,12 @@ class RunDirectory:
 
 
 def start_problems(config) -> Iterator[tuple[str, str]]:
-    """Yields (settings, what to do about them) of what isn't there for a run: a device, a package, a folder, a text."""
+    """Yields (settings, what to do about them) of what keeps a run from starting: a device, a
+    package, a folder, a text that isn't there."""
+    if config.resume and config.overwrite:
+        yield "resume overwrite", "resume and overwrite exclude each other: give one of them"
+    if config.init_from and config.resume not in ("", "auto"):
+        yield "init_from resume", "init_from starts a run, and resume goes on with one: give one of them"
     if config.tensorboard and not importlib.util.find_spec("tensorboard"):
         yield "tensorboard", "tensorboard isn't installed: pip install tensorboard, or leave --tensorboard out"
     for problem in machine_problems(config.device, config.amp):
@@ -250,8 +256,15 @@ def start_problems(config) -> Iterator[tuple[str, str]]:
     else:
         for problem in RunDirectory(config.out_dir).problems(config.overwrite, config.resume):
             yield "out_dir", problem
-    for problem in input_problems(config.input_file):
-        yield "input_file", problem
+    if config.dataset or config.val_dataset or config.val_documents:
+        from support.stream import problems
+
+        yield from problems(config)
+    else:
+        for problem in input_problems(config.input_file):
+            yield "input_file", problem
+    for problem in tokenizer_problems(config.tokenizer):
+        yield "tokenizer", problem
 
 
 # ---- finding a run ----

@@ -3,12 +3,19 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 from support import cli, pretrained
 from support.cli import UsageError
 from support.presets import OTHER_NAMES, PRESETS
 from support.rundir import RunDirectory
+
+
+def flags_of_experts(config) -> Iterator[tuple[str, str]]:
+    """Yields (a flag that needs --arch mla_moe, what to do about it)."""
+    for name in ("n_expert", "n_expert_active", "expert_width", "balance_rate"):
+        if getattr(config, name) != getattr(type(config), name):
+            yield f"{name} arch", f"{name} is for --arch mla_moe: add that, or leave --{name} out"
 
 
 def from_flags(kind: type, argv: Sequence[str]):

@@ -76,4 +76,6 @@ def round_checkpoint(path: Path, architectures: dict, dtype: str) -> None:
     model, _, content = load_model(path, architectures, lazy=False)
     round_weights(model, dtype)
     content.pop("optimizer", None)  # a last.pt has it, and nobody trains in a Space
-    save_checkpoint(path, content | {"model": model.to(DTYPES[dtype]).state_dict()})
+    for p in model.parameters():
+        p.data = p.data.to(DTYPES[dtype])
+    save_checkpoint(path, content | {"model": model.state_dict()})  # which has tied weights once

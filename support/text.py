@@ -58,12 +58,13 @@ class Tokenizer:
     decode_bytes: Callable[[Sequence[int]], bytes]  # of a few tokens they may begin or end inside a character
     end_of_text: int | None = None  # the id of END_OF_TEXT
     vocabulary: Sequence[str] = ()  # of char: what each id stands for
+    tokenizer_json: str = ""  # of a file: all that stands in it
 
     def decode(self, ids: Sequence[int]) -> str:
         return self.decode_bytes(ids).decode("utf-8", "replace")
 
     def knows(self, text: str) -> bool:
-        """Can it encode this? Always, if it is gpt2."""
+        """Can it encode this? Always, if its tokens are made of bytes."""
         return not self.vocabulary or set(text) <= set(self.vocabulary)
 
     def state_dict(self) -> dict:
@@ -71,17 +72,25 @@ class Tokenizer:
         state = {"name": self.name, "vocab_size": self.vocab_size}
         if self.vocabulary:
             state["vocabulary"] = list(self.vocabulary)
+        if self.tokenizer_json:
+            state["tokenizer_json"] = self.tokenizer_json
+            state["end_of_text"] = self.end_of_text
         return state
 
 
 def load_tokenizer(name: str = "gpt2", vocabulary: Sequence[str] = ()) -> Tokenizer:
-    """GPT-2's, or `char` with its vocabulary.
+    """GPT-2's, `char` with its vocabulary, or that of a file.
 
-    Raises UsageError for an unknown name, or when GPT-2's ranks are neither installed nor to be downloaded."""
+    Raises UsageError for a file that won't do, or when GPT-2's ranks are neither installed nor to be downloaded."""
     if name == "char":
         return char_tokenizer(vocabulary)
+    problems = tokenizer_problems(name)
+    if problems:
+        raise UsageError(*problems)
     if name != "gpt2":
-        raise UsageError(f"tokenizer {name!r} is unknown: use gpt2 or char")
+        from support.tokenizer_file import read_tokenizer
+
+        return read_tokenizer(name)
     encoding = packaged_gpt2()
     if encoding is None:
         encoding = downloaded_gpt2()
@@ -90,7 +99,12 @@ def load_tokenizer(name: str = "gpt2", vocabulary: Sequence[str] = ()) -> Tokeni
 
 
 def saved_tokenizer(state: dict) -> Tokenizer:
-    """From a checkpoint. Raises KeyError, TypeError or ValueError for what is none, and as load_tokenizer does."""
+    """From a checkpoint. Raises AttributeError, KeyError, TypeError or ValueError for what is none, and UsageError
+    where GPT-2's ranks aren't there."""
+    if "tokenizer_json" in state:
+        from support.tokenizer_file import from_json
+
+        return from_json(state["tokenizer_json"], int(state["end_of_text"]))
     vocabulary = state.get("vocabulary", ())
     "".join(vocabulary).encode()  # raises for what isn't of characters
     return load_tokenizer(state["name"], vocabulary)
@@ -115,6 +129,20 @@ def char_tokenizer(vocabulary: Sequence[str]) -> Tokenizer:
         return "".join(vocabulary[token] for token in tokens).encode()
 
     return Tokenizer("char", len(ids), encode, decode_bytes, ids.get(END_OF_TEXT), vocabulary)
+
+
+def tokenizer_problems(name: str) -> list[str]:
+    """What can be said about --tokenizer before reading it."""
+    if name in ("gpt2", "char"):
+        return []
+    path = Path(name)
+    if not name or not os.path.exists(path):  # unlike Path.exists, False for an impossible name
+        return [f"tokenizer {name or '(empty)'} is neither gpt2 nor char, and there is no such file: check its path"]
+    if path.is_dir() and not (path / "tokenizer.json").is_file():
+        return [f"tokenizer {name} is a folder without a tokenizer.json: name one that has it, or the file"]
+    if not (path.is_file() or path.is_dir()):
+        return [f"tokenizer {name} is no plain file: name a tokenizer.json"]
+    return []
 
 
 def packaged_folder() -> Path | None:
@@ -337,6 +365,41 @@ class Corpus:
     tokens: np.ndarray  # ids (N,) uint16, mapped into memory from the cache: what is read of them is there
     notes: tuple[str, ...] = ()
 
+    whole = "the whole corpus"  # what final_loss is of
+
+    def split(self, config, tokenizer: Tokenizer) -> tuple[np.ndarray, np.ndarray]:
+        """(tokens to train on, held-out tokens). Raises UsageError for too few of these."""
+        cut = held_out_from(self.tokens, config.val_fraction, tokenizer)
+        held_out = self.tokens[cut:]
+        if config.val_fraction and len(held_out) <= config.seq_len:
+            raise UsageError(
+                f"val_fraction {config.val_fraction} holds out {len(held_out)} tokens, and one window takes"
+                f" {config.seq_len + 1}: give a larger --val_fraction, or a shorter --seq_len"
+            )
+        return self.tokens[:cut], held_out
+
+    def describe(self, batcher, held_out) -> Iterator[str]:
+        """Lines for the log; of train.py's batches to train on and held-out ones."""
+        yield f"Corpus: {self.path}, {self.characters:,} characters; " + "; ".join(self.notes)
+        tokens = f"Tokens: {len(self.tokens):,} in {batcher.n_batches:,} batches a pass"
+        if held_out:
+            tokens += f", and the last {len(held_out.tokens):,} held out"
+        yield tokens
+
+    def about(self) -> dict:
+        """For run.json."""
+        return {"file": self.path, "sha256": self.sha256, "tokens": len(self.tokens)}
+
+
+def open_corpus(config, write_cache: bool = True) -> tuple[Tokenizer, Corpus]:
+    """The tokenizer, and the text or the stream to train on. `config` is train.py's TrainConfig. Raises UsageError,
+    of a stream also RunError."""
+    if config.dataset:
+        from support.stream import open_dataset
+
+        return open_dataset(config)
+    return load_text(config.input_file, config.tokenizer, config.cache_dir, write_cache)
+
 
 def load_text(
     given: str | Sequence[str], tokenizer_name: str, cache_dir: str = "", write_cache: bool = True
@@ -512,6 +575,14 @@ def too_short(tokens: int, batch_size: int, seq_len: int) -> str:
         f"the text has {tokens:,} tokens, and one batch of batch_size {batch_size} x seq_len {seq_len} needs"
         f" {batch_size * seq_len + 1:,}: use a longer text, or {fits}"
     )
+
+
+def prompts_of(corpus: Corpus, tokenizer: Tokenizer, config) -> list[str]:
+    """The prompts of a run's samples."""
+    prompt = config.prompt or "\n"
+    if prompt == type(config).prompt and not tokenizer.knows(prompt):
+        prompt = ""  # nobody asked for it
+    return draw_prompts(corpus.text, prompt, config.num_prompts, config.seed)
 
 
 def draw_prompts(text: str, prompt: str, count: int, seed: int) -> list[str]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import contextlib
 import html
 import json
@@ -24,6 +25,7 @@ from conftest import PLAY, ROOT, TINY
 
 import app
 import train
+import update_readme
 from support import door, text
 from support.checkpoint import load_checkpoint
 from support.inference import PAGE_BOUNDS
@@ -268,6 +270,8 @@ def test_the_run_is_shown_with_its_curve_and_what_it_learned(page):
     assert "steps done" in text
     assert "Longest run of each sample" in text
     assert curve.startswith("<svg")
+    data = re.search(r'download="report.html" href="data:text/html;base64,([^"]+)"', curve)[1]
+    assert "<h2>How its text grew</h2>" in base64.b64decode(data).decode()
 
 
 def test_records_that_cannot_be_read_are_one_sentence(checkpoint, tmp_path):
@@ -440,6 +444,23 @@ def test_a_browser_marks_what_is_wrong_until_it_is_right(tab):
     tab.fill("#temperature input", "0.5")
     tab.click("#generate")
     expect(tab, "#line").to_contain_text("4 of 4 tokens")
+
+
+@needs_chromium
+@pytest.mark.parametrize("width", [390, 1280])
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+def test_a_report_fits_a_phone_and_a_desk_by_day_and_by_night(browser, checkpoint, tmp_path, width, scheme):
+    path = tmp_path / "report.html"
+    assert update_readme.main(["--run_dir", str(checkpoint.parent.parent), "--html", str(path)]) == 0
+    with browser.new_context(viewport={"width": width, "height": 900}, color_scheme=scheme) as context:
+        tab = context.new_page()
+        asked = []
+        tab.on("request", lambda request: asked.append(request.url))
+        tab.goto(path.as_uri())
+        assert tab.evaluate("document.documentElement.scrollWidth") <= width
+        paper = tab.evaluate("getComputedStyle(document.body).backgroundColor")
+        assert paper == ("rgb(255, 255, 255)" if scheme == "light" else "rgb(13, 17, 23)")
+        assert not [url for url in asked if not url.startswith(("file:", "data:"))]
 
 
 @needs_chromium

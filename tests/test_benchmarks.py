@@ -10,11 +10,12 @@ import torch
 from conftest import PLAY, ROOT, tiny_flags
 
 import train
-from support.inference import Request, Writer
+from support.inference import Request, Writer, generate
 from support.kernels import attention_by_products
 
-BENCHMARKS = ("checkpoints", "gpu_check", "growth", "large_text", "overhead", "sampling", "scaling", "throughput")
-EXPERIMENTS = ("embeddings", "recipe")
+BENCHMARKS = ("billion", "checkpoints", "gpu_check", "growth", "large_text", "onnx_check", "overhead", "sampling")
+BENCHMARKS += ("scaling", "throughput")
+EXPERIMENTS = ("embeddings", "four_errors", "muon_for_experts", "recipe")
 
 with pytest.MonkeyPatch.context() as patch:  # where the scripts find each other
     for folder in ("benchmarks", "experiments", "assets"):
@@ -27,6 +28,7 @@ checkpoints = scripts["checkpoints"]
 embeddings = scripts["embeddings"]
 growth = scripts["growth"]
 large_text = scripts["large_text"]
+onnx_check = scripts["onnx_check"]
 overhead = scripts["overhead"]
 recipe = scripts["recipe"]
 sampling = scripts["sampling"]
@@ -345,3 +347,37 @@ def test_a_step_of_sixteen_windows_has_no_work_for_more_gpus(capsys):
     recipe = capsys.readouterr().out.split("--preset shakespeare")[1]
     assert "| 16 | 1 |" in recipe
     assert "| 32 | a step has only 16 |" in recipe
+
+
+# ---- onnx_check.py ----
+
+
+class Theirs:
+    """Stands for a model of optimum: writes what ours writes, but for one token that is wrong."""
+
+    def __init__(self, model, wrong_at: int):
+        self.model = model
+        self.wrong_at = wrong_at
+
+    def generate(self, idx, attention_mask, do_sample, max_new_tokens):
+        written = generate(self.model, idx, max_new_tokens, temperature=0)
+        written[0, idx.size(1) + self.wrong_at :] += 1
+        return written
+
+
+@pytest.mark.parametrize("wrong_at", [0, 3, 8])
+def test_onnx_check_counts_tokens_up_to_the_first_that_differs(run_dir, wrong_at):
+    writer = Writer(run_dir / "checkpoints" / "best.pt", train.ARCHITECTURES, "cpu", "off")
+
+    def tokens(prompt):
+        return {"input_ids": writer.tokenizer.encode(prompt)}
+
+    theirs = Theirs(writer.model, wrong_at)
+    assert onnx_check.compare(writer, theirs, tokens, "TILDA:", 8) == wrong_at
+    assert onnx_check.compare(writer, theirs, lambda prompt: {"input_ids": [5]}, "TILDA:", 8) == 0
+
+
+def test_onnx_check_says_what_is_missing(run_dir, tmp_path, capsys):
+    flags = ["--checkpoint", str(run_dir / "checkpoints" / "best.pt"), "--onnx", str(tmp_path)]
+    assert onnx_check.main(flags) == 2
+    assert capsys.readouterr().err.count("\n") == 1

@@ -11,6 +11,7 @@ import sys
 
 import pytest
 import torch
+from checkpoint_kit import needs_root, small_disk
 from conftest import PLAY, ROOT, SHAKESPEARE, TINY, needs_shakespeare
 
 import export_hf
@@ -221,6 +222,17 @@ def test_a_file_in_the_folders_place_is_one_sentence(best, tmp_path, capsys):
     assert export(best, tmp_path / "hf", "--overwrite") == 2
     assert "is a file: name a folder" in capsys.readouterr().err
     assert (tmp_path / "hf").read_text() == "mine"
+
+
+@needs_root
+def test_a_disk_that_is_read_only_is_one_sentence(best, tmp_path, capsys):
+    disk = tmp_path / "disk"
+    with small_disk(disk, "200k"):
+        subprocess.run(["mount", "-o", "remount,ro", str(disk)], check=True)
+        assert export(best, disk / "hf") == 1
+    err = capsys.readouterr().err
+    remedy = "change its permissions, or name another place"
+    assert err == f"export_hf.py: Read-only file system ({disk / 'hf'}): {remedy}\n"
 
 
 def full_disk(*_):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import random
 import signal
@@ -100,3 +101,62 @@ def test_killed_at_random_moments(tmp_path):
 @pytest.mark.slow
 def test_killed_at_thirty_random_moments(tmp_path):
     kill_at_random_moments(tmp_path / "out", times=30, seed=2)
+
+
+PASS = 21  # batches in a pass over the short text
+
+
+def train_until_killed_in(flags: list[str], method: str, count: int) -> None:
+    """In a process of its own: trains, of which the proofs before the fifth fail, and kills itself in the middle of the
+    `count`-th call of a method of Trainer; 0: of none."""
+    real = {name: getattr(train.Trainer, name) for name in ("evaluate", "sample")}
+    calls = 0
+
+    def counted(trainer, poll, *args):
+        nonlocal calls
+        calls += 1
+        polls = 0
+
+        def kill_at_the_second():
+            nonlocal polls
+            polls += 1
+            if calls == count and polls == 2:
+                os.kill(os.getpid(), signal.SIGKILL)
+
+        return real[method](trainer, kill_at_the_second, *args)
+
+    setattr(train.Trainer, method, counted)
+    evaluate = train.Trainer.evaluate
+    train.Trainer.evaluate = lambda trainer, *args: evaluate(trainer, *args) + 2000 * (trainer.progress.step < 5 * PASS)
+    train.main(flags)
+
+
+def run_until_killed_in(out, short_text, method: str = "evaluate", count: int = 0) -> int:
+    """The exit code of such a run, which goes on from where one in the same folder was."""
+    settings = {"input_file": short_text, "tokenizer": "char", "steps": 200, "target_loss": 1000.0, "save_every": 10}
+    flags = tiny_flags(out, **settings, sample_every=15, log_every=7, num_prompts=2, resume="auto")
+    process = start_process(train_until_killed_in, flags, method, count)
+    process.join()
+    return process.exitcode
+
+
+@pytest.fixture(scope="module")
+def proven(tmp_path_factory, short_text):
+    """The run directory of such a run that nobody killed."""
+    out = tmp_path_factory.mktemp("proven") / "out"
+    assert run_until_killed_in(out, short_text) == 0
+    return out
+
+
+@pytest.mark.parametrize(("method", "count"), [("evaluate", 3), ("evaluate", 5), ("sample", 4), ("sample", 7)])
+def test_killed_in_a_later_proof_or_in_a_sample(tmp_path, short_text, proven, method, count):
+    out = tmp_path / "out"
+    assert run_until_killed_in(out, short_text, method, count) == -signal.SIGKILL
+    assert run_until_killed_in(out, short_text) == 0
+    assert_same_run(out, proven)
+    assert (out / "samples" / "samples.txt").read_bytes() == (proven / "samples" / "samples.txt").read_bytes()
+    record = json.loads((out / "run.json").read_text())
+    expected = json.loads((proven / "run.json").read_text())
+    for name in ("ended", "steps", "tokens", "final_loss", "tokens_to_target", "samples", "recall"):
+        assert record[name] == expected[name], name
+    assert (record["ended"], record["steps"]) == ("target reached", 5 * PASS)

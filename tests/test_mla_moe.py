@@ -252,22 +252,28 @@ def test_every_parameter_gets_a_gradient_and_belongs_to_one_group():
     assert len(grouped) == len({*grouped}) == len(list(model.parameters()))
 
 
-def test_gradient_checkpoints_change_no_gradient():
+def test_gradient_checkpoints_change_no_gradient_and_count_each_load_once():
     gradients = []
+    loads = []
     for grad_checkpoint in (False, True):
         model = small_model().train()
         model.grad_checkpoint = grad_checkpoint
         idx = random_ids(2, 33)
         model(idx[:, :-1], idx[:, 1:], keep_logits=False)[1].backward()
         gradients.append({name: p.grad for name, p in model.named_parameters()})
+        loads.append(model.load)
     assert same_weights(*gradients)
+    assert loads[0].sum() == 2 * 2 * 32 * 2  # layers x rows x tokens x experts of a token
+    assert torch.equal(*loads)
 
 
 # ---- what a token sees ----
 
 
 def test_a_moved_token_changes_no_earlier_logit(runtime, monkeypatch):
-    assert not leaks_future(small_model(), runtime, 48)
+    for seed in range(5):  # groups of other sizes round differently, which is no leak
+        model = MLAMoE(SMALL, torch.Generator().manual_seed(seed))
+        assert not leaks_future(model, runtime, 48)
     no_mask(None, monkeypatch)
     assert leaks_future(small_model(), runtime, 48)
 
@@ -361,6 +367,19 @@ def test_an_expert_that_no_token_comes_to_is_no_trouble():
         block.mlp.experts.gate_up_proj[2:] = math.nan
         block.mlp.experts.down_proj[2:] = math.nan
     assert torch.equal(model(idx)[0], before)
+
+
+def test_experts_in_groups_are_experts_that_work_on_all_tokens():
+    model = small_model()
+    idx = random_ids(2, 33)
+    results = []
+    for in_groups in (True, False):
+        set_all(model, mla_moe.Experts, "in_groups", in_groups)
+        model.zero_grad()
+        loss = model(idx[:, :-1], idx[:, 1:])[1]
+        loss.backward()
+        results.append((loss, *(p.grad for p in model.parameters())))
+    torch.testing.assert_close(*results, atol=1e-6, rtol=1e-4)
 
 
 def test_a_step_moves_each_bias_against_its_load(runtime):

@@ -28,7 +28,9 @@ from support.watch import Watch, place, was_killed
 ENV = {**os.environ, "GLOO_SOCKET_IFNAME": "lo", "PYTHONPATH": str(ROOT)}
 SETTINGS = {"tokenizer": "char", "target_loss": 0, "num_prompts": 1, "seq_len": 64, "batch_size": 1}
 PLAIN = {"steps": 25, "save_every": 25, "val_fraction": 0.2, **SETTINGS, "optimizer": "muon"}
+EXPERTS = {"arch": "mla_moe", "steps": 10, **SETTINGS, "expert_width": 8, "optimizer": "muon"}
 DROPPING = {"steps": 16, "dropout": 0.3, "n_layer": 4, **SETTINGS}
+BIAS = "model.layers.0.mlp.gate.e_score_correction_bias"
 REMEDY = "; go on with the same command and --resume auto\n"
 
 
@@ -302,6 +304,9 @@ def folder(tmp_path_factory, short_text):
         (tiny_flags(folder / "whole_fsdp", **DROPPING, input_file=short_text, parallel="fsdp"), []),
         (tiny_flags(folder / "parts_fsdp", **DROPPING, input_file=short_text, parallel="fsdp"), []),
         (["--resume", str(folder / "parts_fsdp" / "checkpoints" / "last.pt")], []),
+        (tiny_flags(folder / "experts", **EXPERTS, input_file=short_text), []),
+        (tiny_flags(folder / "experts_fsdp", **EXPERTS, input_file=short_text, parallel="fsdp"), []),
+        (["--resume", str(folder / "experts_fsdp" / "checkpoints" / "last.pt"), "--steps", "12"], []),
         ([*never, "--steps", "x"], []),
         (never, ["--n_head", "3"]),
         (never, ["--lr", "0.5", "--seed", "3"]),
@@ -310,7 +315,7 @@ def folder(tmp_path_factory, short_text):
     command = torchrun(2, str(program), json.dumps(runs))
     done = subprocess.run(command, capture_output=True, text=True, env=ENV, timeout=200, cwd=folder)
     assert done.returncode == 0, done.stderr
-    assert json.loads((folder / "codes.json").read_text()) == [0, 0, 143, 0, 0, 0, 143, 0, 2, 2, 2, 1]
+    assert json.loads((folder / "codes.json").read_text()) == [0, 0, 143, 0, 0, 0, 143, 0, 0, 0, 0, 2, 2, 2, 1]
     (folder / "stderr").write_text(done.stderr)
     return folder
 
@@ -365,6 +370,20 @@ def test_a_checkpoint_of_a_model_in_parts_is_that_of_one_process(folder, alone, 
     last = str(shutil.copytree(folder / "pair_fsdp", tmp_path / "out") / "checkpoints" / "last.pt")
     assert train.main(["--resume", last, "--steps", "27"]) == 0
     assert "grad_accum 4 x processes 1" in log_of(tmp_path / "out")
+
+
+def test_two_processes_count_the_loads_of_their_experts_together(folder, tmp_path, short_text):
+    """And do what one does with twice the accumulation, in parts too, with each expert's matrix orthogonalized."""
+    assert train.main(tiny_flags(tmp_path / "alone", **EXPERTS, grad_accum=2, input_file=short_text)) == 0
+    rows = rows_of(tmp_path / "alone")
+    for name in ("experts", "experts_fsdp"):
+        for one, two in zip(rows, rows_of(folder / name), strict=False):
+            assert float(one["loss"]) == pytest.approx(float(two["loss"]), rel=1e-4)
+            assert float(one["load_entropy"]) == pytest.approx(float(two["load_entropy"]), abs=0.02)
+    assert len(rows_of(folder / "experts_fsdp")) == 12
+    biases = [weights_of(tmp_path / "alone")[BIAS], weights_of(folder / "experts")[BIAS]]
+    assert biases[0].any()
+    torch.testing.assert_close(*biases)
 
 
 def test_processes_that_differ_do_not_begin_and_each_problem_is_said_once(folder):

@@ -98,6 +98,26 @@ def test_behind_a_link_pictures_lie_beside_the_text(run_dir, tmp_path):
         assert update("--check", "--readme", path) == 0
 
 
+def test_a_file_that_cannot_be_written_is_left_alone(run_dir, tmp_path, monkeypatch, capsys):
+    readme = write_readme(tmp_path, "SUMMARY")
+    before = readme.read_bytes()
+    monkeypatch.setattr(os, "access", lambda *_: False)
+    assert update() == 1
+    words = "README.md can't be written: it is another user's, or the disk is read-only\n"
+    assert capsys.readouterr().err == words
+    assert readme.read_bytes() == before
+
+
+def test_where_there_is_no_place_for_a_cache_nothing_is_said_of_it(run_dir, tmp_path):
+    """As in a container: matplotlib would fill the terminal with it."""
+    write_readme(tmp_path, "CURVE")
+    nowhere = {"HOME": os.devnull, "XDG_CONFIG_HOME": os.devnull, "XDG_CACHE_HOME": os.devnull}
+    command = [sys.executable, str(ROOT / "update_readme.py"), "--run_dir", "out/own"]
+    done = subprocess.run(command, env={**os.environ, **nowhere}, capture_output=True, text=True)
+    assert done.returncode == 0
+    assert done.stderr == ""
+
+
 @pytest.mark.skipif(os.name != "posix", reason="modes and links of POSIX")
 @pytest.mark.parametrize("name", ["README.md", "assets/curve.svg"])
 def test_a_file_that_is_write_protected_or_has_other_names_is_left_alone(run_dir, tmp_path, capsys, name):
@@ -331,6 +351,17 @@ def test_usage_errors(run_dir, tmp_path, capsys):
     assert e.value.code == 2
 
 
+def test_a_full_memory_is_one_line(run_dir, tmp_path, monkeypatch, capsys):
+    write_readme(tmp_path, "SUMMARY")
+
+    def full(*_):
+        raise MemoryError
+
+    monkeypatch.setattr(update_readme, "read_run", full)
+    assert update() == 1
+    assert capsys.readouterr().err == "update_readme.py: the memory is full: stop other programs\n"
+
+
 def test_ctrl_c_is_one_line_and_changes_nothing(run_dir, tmp_path, monkeypatch, capsys):
     readme = write_readme(tmp_path, "SUMMARY", "CURVE")
     before = readme.read_bytes()
@@ -356,7 +387,7 @@ def test_it_imports_neither_torch_nor_train_py(run_dir, tmp_path):
     loaded = done.stdout.splitlines()[-1].split()
     assert "report.pictures" in loaded
     shared = [name for name in loaded if name.split(".")[0] in ("torch", "train", "support")]
-    assert shared == ["support", "support.interrupt"]  # which is about Ctrl-C alone
+    assert shared == ["support", "support.importing"]  # which is about starting a program, and of no run
 
 
 def test_the_readme_of_this_project_is_current(monkeypatch):

@@ -12,7 +12,7 @@ import xml.etree.ElementTree as ElementTree
 import pytest
 from conftest import ROOT
 from markdown_it import MarkdownIt
-from run_kit import GOLDEN, block, in_tmp_path, run_dir_fixture, svg_of, update, write_csv, write_readme  # noqa: F401  (fixtures)
+from run_kit import GOLDEN, block, in_tmp_path, put_record, run_dir_fixture, svg_of, update, write_csv, write_readme  # noqa: F401  (fixtures)
 
 import update_readme
 from report import pictures
@@ -191,3 +191,19 @@ def test_a_folder_with_control_characters_in_its_name(tmp_path):
     write_readme(tmp_path, "SUMMARY", "CURVE")
     assert update_readme.main(["--run_dir", "r\x1b\x01\nn"]) == 0
     svg_of(tmp_path)
+
+
+def test_the_load_of_experts_is_in_picture_table_and_summary(run_dir, tmp_path):
+    readme = write_readme(tmp_path, "CURVE", "METRICS", "SUMMARY")
+    put_record(run_dir, config={"n_expert": 7})
+    assert update() == 0
+    assert not {"experts", "busiest"} & svg_of(tmp_path)[0]
+    assert "busiest" not in readme.read_text()
+    write_csv(run_dir, "step,loss,lr,load_entropy,busiest\n1,5,1e-3,0.71,0.5\n2,4,2e-3,0.98,0.2234\n")
+    assert update() == 0
+    words, _ = svg_of(tmp_path)
+    assert {"experts", "busiest", "entropy", "lr"} <= words
+    run, _ = read_run(run_dir, "out/own")
+    assert "at the end the busiest expert had 0.22 of its layer's load" in pictures.describe(run)
+    assert "| 2 | **4.000000** | 2.00e-03 | 0.9800 | 0.2234 |" in block(readme, "METRICS")
+    assert "the busiest one of a layer had **22%** of its work (evenly shared: 14%)" in block(readme, "SUMMARY")

@@ -151,7 +151,8 @@ def test_settings_that_are_unsound_by_themselves_are_not_compared():
 # ---- one wrapper for main() ----
 
 
-NO_THREADS = "no more threads can be started here: stop other programs, or raise the limit (ulimit -u)"
+NOT_HERE = "change its permissions, or name another place"
+NO_THREADS = "no more threads can be started here: stop other programs, or raise the limits (ulimit -u, -v)"
 
 
 def raising(error: BaseException):
@@ -171,7 +172,8 @@ def raising(error: BaseException):
         (RuntimeError("DefaultCPUAllocator: can't allocate memory"), 1, "bake: the memory is full: use less\n"),
         (torch.OutOfMemoryError("CUDA out of memory."), 1, "bake: the memory is full: use less\n"),
         (RuntimeError("can't start new thread"), 1, f"bake: {NO_THREADS}\n"),
-        (PermissionError(13, "Permission denied", "a.txt"), 1, "bake: Permission denied (a.txt)\n"),
+        (PermissionError(13, "Permission denied", "a.txt"), 1, f"bake: Permission denied (a.txt): {NOT_HERE}\n"),
+        (OSError(30, "Read-only file system", "a"), 1, f"bake: Read-only file system (a): {NOT_HERE}\n"),
         (OSError(28, "No space left", "a"), 1, "bake: No space left (a): make room, then try again\n"),
         (OSError("odd"), 1, "bake: odd (no file named)\n"),
         (KeyboardInterrupt(), 130, "bake: interrupted\n"),

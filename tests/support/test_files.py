@@ -99,6 +99,29 @@ def write_folder(folder) -> None:
         (part / "model").write_bytes(bytes(60_000))
 
 
+def test_where_a_folder_stands_in_a_files_place_no_file_is_moved(tmp_path):
+    folder = tmp_path / "folder"
+    (folder / "model").mkdir(parents=True)
+    with pytest.raises(IsADirectoryError) as caught:
+        write_folder(folder)
+    assert caught.value.filename == str(folder / "model")
+    assert not (folder / "more" / "card").exists()
+    assert os.listdir(tmp_path) == ["folder"]
+
+
+def test_where_a_file_stands_in_a_folders_place_no_file_is_moved(tmp_path):
+    folder = tmp_path / "folder"
+    folder.mkdir()
+    (folder / "more").write_bytes(b"mine")
+    (folder / "model").write_bytes(b"old")
+    with pytest.raises(NotADirectoryError) as caught:
+        write_folder(folder)
+    assert caught.value.filename == str(folder / "more")
+    assert (folder / "model").read_bytes() == b"old"
+    assert (folder / "more").read_bytes() == b"mine"
+    assert os.listdir(tmp_path) == ["folder"]
+
+
 @needs_root
 def test_a_folder_that_is_a_disk_of_its_own_gets_all_of_the_files_or_none(tmp_path):
     folder = tmp_path / "disk"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shlex
 import subprocess
 import sys
 
@@ -177,8 +178,12 @@ def test_what_the_hub_refuses_is_told_in_its_words(fake, folder, path, status, w
 
 def test_without_a_network_it_is_one_sentence(fake, folder, monkeypatch):
     monkeypatch.setattr(huggingface_hub.constants, "ENDPOINT", "http://127.0.0.1:9")  # nobody listens there
-    with pytest.raises(RunError, match=r"the Hub can't be reached \(ConnectError\): check the network; .* stays here"):
-        hub.push_folder(folder, NAME, "model", private=False)
+    folder = folder.rename(folder.with_name("my model"))
+    with pytest.raises(RunError, match=r"the Hub can't be reached \(ConnectError\): check the network; ") as caught:
+        hub.push_folder(folder, NAME, "model", private=True)
+    told = shlex.split(str(caught.value).split("`")[1])
+    assert told == ["hf", "upload", NAME, str(folder), "--repo-type", "model", "--private"]
+    assert len(files_of(folder)) == 2
 
 
 def test_offline_by_the_librarys_own_switch_it_is_one_sentence(fake, folder, monkeypatch):

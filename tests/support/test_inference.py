@@ -63,6 +63,15 @@ def drawn(logits, count, temperature=1.0, top_k=0, top_p=1.0) -> set[int]:
     return {pick_token(logits, temperature, top_k, generator, top_p).item() for _ in range(count)}
 
 
+def test_tokens_are_drawn_as_often_as_the_model_says():
+    """A softmax of a softmax would draw the likeliest token here 36% of the times, and not 64%."""
+    generator = torch.Generator().manual_seed(0)
+    for temperature in (1.0, 0.5):
+        tokens = pick_token(LOGITS.expand(20_000, -1), temperature, 0, generator)
+        often = tokens.flatten().bincount(minlength=4) / 20_000
+        torch.testing.assert_close(often, (LOGITS[0] / temperature).softmax(dim=-1), atol=0.02, rtol=0)
+
+
 def test_top_k_draws_from_the_likeliest():
     assert drawn(LOGITS, 100, top_k=2) == {1, 2}
 

@@ -358,7 +358,9 @@ def test_a_place_that_is_nothing_of_the_kind_is_one_sentence(tmp_path, capsys):
 
 
 def test_a_checkpoint_that_lacks_its_shape_is_one_sentence(best, tmp_path, capsys):
-    torch.save(load_checkpoint(best) | {"model_config": {"n_layer": 1}}, tmp_path / "odd.pt")
-    code, err = said(capsys, flags(tmp_path / "out", tmp_path / "odd.pt"))
-    assert code == 1
-    assert "lacks what a model needs" in err
+    saved = load_checkpoint(best)
+    for odd in ({"n_layer": 1}, saved["config"] | {"block_size": "x"}):
+        torch.save(saved | {"config": odd}, tmp_path / "odd.pt")
+        code, err = said(capsys, flags(tmp_path / "out", tmp_path / "odd.pt"))
+        assert code == 1
+        assert "lacks what a model needs" in err

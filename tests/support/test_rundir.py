@@ -183,7 +183,7 @@ def test_a_corpus_that_does_not_fit_leaves_nothing_behind(tiny, tmp_path):
 def test_folders_that_cannot_be_written_are_found_before_training(out, tiny, monkeypatch):
     locked = out / "checkpoints" / "last.pt"
     monkeypatch.setattr(os, "access", lambda path, mode: path != locked)
-    with pytest.raises(UsageError, match=r"can't be written: change the permissions of .*last.pt"):
+    with pytest.raises(UsageError, match=r"can't be written: change the permissions of .*last.pt, or choose another"):
         train.train(tiny(**SETTINGS, resume="auto"))
 
 

@@ -67,7 +67,7 @@ def test_any_text_survives(any_text):
 
 
 def test_an_unknown_tokenizer_is_named():
-    with pytest.raises(UsageError, match="'word' is unknown"):
+    with pytest.raises(UsageError, match="tokenizer word is neither gpt2 nor char, and there is no such file"):
         load_tokenizer("word")
 
 

@@ -1,4 +1,4 @@
-"""Ctrl-C while a program is still being imported."""
+"""Ctrl-C, and a memory that is too small, while a program is still being imported."""
 
 from __future__ import annotations
 
@@ -36,6 +36,35 @@ def test_ctrl_c_while_a_program_is_imported_is_one_line(program, package, tmp_pa
     done = subprocess.run(command, env=environment, capture_output=True, text=True)
     assert done.stderr == f"{program}: interrupted\n"
     assert done.returncode == 130
+
+
+@pytest.mark.parametrize(
+    ("fault", "said"),
+    [
+        (
+            "ImportError('libtorch_cpu.so: failed to map segment from shared object')",
+            "too small to begin (ImportError: lib",
+        ),
+        ("MemoryError()", "too small to begin (MemoryError)"),
+        ("RuntimeError('std::bad_alloc')", "too small to begin (RuntimeError: std::bad_alloc)"),
+    ],
+)
+def test_a_memory_in_which_torch_cannot_be_imported_is_one_line(fault, said, tmp_path):
+    (tmp_path / "torch.py").write_text(f"raise {fault}")
+    environment = {**os.environ, "PYTHONPATH": str(tmp_path)}
+    command = [sys.executable, str(ROOT / "sample.py"), "--help"]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True)
+    assert said in done.stderr
+    assert done.stderr.count("\n") == 1
+    assert done.returncode == 1
+
+
+def test_any_other_fault_of_an_import_keeps_its_traceback(tmp_path):
+    (tmp_path / "torch.py").write_text("raise ImportError('broken')")
+    environment = {**os.environ, "PYTHONPATH": str(tmp_path)}
+    done = subprocess.run([sys.executable, str(ROOT / "sample.py")], env=environment, capture_output=True, text=True)
+    assert "Traceback" in done.stderr
+    assert done.stderr.endswith("ImportError: broken\n")
 
 
 def test_where_another_program_imports_ours_ctrl_c_is_its_own_affair():
