@@ -66,6 +66,8 @@ from support.machine import Runtime
 from support.presets import PRESETS
 from support.rundir import RunDirectory
 from support.settings import flags_of_experts, from_flags
+from support.source import open_corpus
+from support.tokenizer import Tokenizer
 
 # ======== Settings: each flag's name, type, default and help, in one place ============================================
 
@@ -734,7 +736,7 @@ class Trainer:
     """Model, optimizer, schedule and batches of a run: one training step, its figures, and what is asked of the model
     on the way. Writes no file. All processes compute all of it together."""
 
-    def __init__(self, config: TrainConfig, corpus: text.Corpus, tokenizer: text.Tokenizer, runtime: Runtime):
+    def __init__(self, config: TrainConfig, corpus: text.Corpus, tokenizer: Tokenizer, runtime: Runtime):
         """Raises UsageError for a text that is too short, a prompt that the tokenizer can't encode, or a model that
         can't fit into the memory; RunError for weights that can't be read."""
         self.given = config  # as asked for, to be kept in checkpoints; self.config has its gaps filled in
@@ -1248,7 +1250,7 @@ def train(config: TrainConfig, command: str = "", meeting: machine.Alone | None 
     with join(meeting or meet(), alone, config) as runtime:
         with runtime.first_one_first():  # the others find the tokens in the cache
             keep = not config.dry_run
-            tokenizer, corpus = text.open_corpus(config, keep)
+            tokenizer, corpus = open_corpus(config, keep)
         runtime.check_alike({"the text's SHA-256": corpus.sha256, "the tokenizer": tokenizer.name})
         trainer = Trainer(config, corpus, tokenizer, runtime)
         if config.dry_run:

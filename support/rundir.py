@@ -23,11 +23,11 @@ from pathlib import Path
 
 from tqdm import tqdm
 
+from support import source
 from support.checkpoint import changes_since, load_checkpoint
 from support.cli import DamagedError, RunError, UsageError, is_out_of_memory, say
 from support.files import atomic_write, lock_file, odd_kind, replace
 from support.machine import machine_problems, shared_grad_accum
-from support.text import input_problems, tokenizer_problems
 
 ROOT = Path(__file__).resolve().parent.parent
 ENDINGS = ("target reached", "steps done", "patience over")  # of a run that has nothing more to do
@@ -256,15 +256,7 @@ def start_problems(config) -> Iterator[tuple[str, str]]:
     else:
         for problem in RunDirectory(config.out_dir).problems(config.overwrite, config.resume):
             yield "out_dir", problem
-    if config.dataset or config.val_dataset or config.val_documents:
-        from support.stream import problems
-
-        yield from problems(config)
-    else:
-        for problem in input_problems(config.input_file):
-            yield "input_file", problem
-    for problem in tokenizer_problems(config.tokenizer):
-        yield "tokenizer", problem
+    yield from source.problems(config)
 
 
 # ---- finding a run ----

@@ -18,7 +18,8 @@ sys.path.insert(0, str(ROOT))
 import train  # noqa: E402
 from support.checkpoint import load_checkpoint  # noqa: E402
 from support.machine import start_runtime  # noqa: E402
-from support.text import load_text, load_tokenizer  # noqa: E402
+from support.text import load_text  # noqa: E402
+from support.tokenizer import load_tokenizer  # noqa: E402
 
 # These models are too small to share among threads; and bits are the same only with the same number of them.
 torch.set_num_threads(1)
