@@ -57,7 +57,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 import torch.utils.checkpoint
 
-from support import checkpoint, dry_run, figures, files, inference, machine, pretrained, record, rundir, text
+from support import board, checkpoint, dry_run, figures, files, inference, machine, pretrained, record, rundir, text
 from support.bar import StepBar
 from support.cli import BetweenStepsError, RunError, Stopped, StopSignals, UsageError, flag
 from support.kernels import Muon, MuonAdamW, attention_by_products, linear_cross_entropy, updates_here
@@ -137,6 +137,7 @@ class TrainConfig:
     save_minutes: float = flag(15.0, "minutes after which last.pt is saved in any case (0: by steps alone)", least=0)
     sample_every: int | None = flag(None, "steps between samples (default: as save_every, at least 100)", least=1)
     tensorboard: bool = flag(False, "write the figures and samples for TensorBoard too, to out_dir/tensorboard")
+    trackio: bool = flag(False, "write them for Trackio, to its data base on this machine")
     prompt: str = flag("BIANCA:\n", r"first prompt; \n is a line break")
     num_prompts: int = flag(2, "prompts in a sample: the first, and others drawn from the text", least=0)
     max_new_tokens: int = flag(200, "tokens in a sample", least=1)
@@ -180,6 +181,7 @@ class TrainConfig:
         if not held_out and (self.patience or self.best_by == "val"):
             needs = "patience and best_by val need held-out text: add --val_fraction 0.1"
             yield "val_fraction patience best_by", needs
+        yield from board.problems(self)
         yield from rundir.start_problems(self)
 
     def completed(self, batches_per_pass: int, batches_per_step: int) -> TrainConfig:
@@ -968,7 +970,7 @@ class Loop:
         self.samples = SamplesFile(run_dir, log)
         before = [self.metrics.file, self.samples.file]
         self.checkpoints = CheckpointWriter(run_dir, before, log, self.runtime.host_copies(), self.progress.best_saved)
-        self.board = rundir.NoBoard()
+        self.board = board.Boards(log)
         self.record = record.RunRecord(trainer, run_dir, command)
         self.started_at = self.progress.step
         self.saved_step = self.progress.step
@@ -1023,8 +1025,7 @@ class Loop:
         if self.runtime.rank == 0:
             self.logged_step = rundir.rewind_rows(self.run_dir.metrics, self.metrics.fields, self.started_at)
             self.sampled_step = rundir.rewind_samples(self.run_dir.samples, RULE, self.started_at)
-            if config.tensorboard:
-                self.board = rundir.Board(self.run_dir, self.started_at, self.log)
+            self.board.open(config, self.run_dir, self.started_at)
         # What one process passes over, all pass over: some of it they do together.
         self.logged_step, self.sampled_step = self.runtime.first((self.logged_step, self.sampled_step))
         causality = inference.check_causality(trainer.model, self.runtime, config.seq_len)  # may change the precision
