@@ -48,7 +48,7 @@ from support.hub import add_hub_flags, hub_problems, push_folder
 from support.pretrained import transposed
 from support.rounding import DTYPES, add_dtype_flag, round_weights, stored_as
 from support.rundir import RunDirectory, chosen_checkpoint, run_around
-from support.text import END_OF_TEXT, Tokenizer, packaged_folder
+from support.tokenizer import END_OF_TEXT, Tokenizer, packaged_folder
 from train import ARCHITECTURES
 
 GPT2_FILES = ("vocab.json", "merges.txt", "special_tokens_map.json")  # that only GPT-2's tokenizer has

@@ -57,7 +57,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 import torch.utils.checkpoint
 
-from support import checkpoint, dry_run, figures, files, inference, machine, pretrained, record, rundir, text
+from support import board, checkpoint, dry_run, figures, files, inference, machine, pretrained, record, rundir, text
 from support.bar import StepBar
 from support.cli import BetweenStepsError, RunError, Stopped, StopSignals, UsageError, flag
 from support.kernels import Muon, MuonAdamW, attention_by_products, linear_cross_entropy, updates_here
@@ -66,6 +66,8 @@ from support.machine import Runtime
 from support.presets import PRESETS
 from support.rundir import RunDirectory
 from support.settings import flags_of_experts, from_flags
+from support.source import open_corpus
+from support.tokenizer import Tokenizer
 
 # ======== Settings: each flag's name, type, default and help, in one place ============================================
 
@@ -135,6 +137,7 @@ class TrainConfig:
     save_minutes: float = flag(15.0, "minutes after which last.pt is saved in any case (0: by steps alone)", least=0)
     sample_every: int | None = flag(None, "steps between samples (default: as save_every, at least 100)", least=1)
     tensorboard: bool = flag(False, "write the figures and samples for TensorBoard too, to out_dir/tensorboard")
+    trackio: bool = flag(False, "write them for Trackio, to its data base on this machine")
     prompt: str = flag("BIANCA:\n", r"first prompt; \n is a line break")
     num_prompts: int = flag(2, "prompts in a sample: the first, and others drawn from the text", least=0)
     max_new_tokens: int = flag(200, "tokens in a sample", least=1)
@@ -178,6 +181,7 @@ class TrainConfig:
         if not held_out and (self.patience or self.best_by == "val"):
             needs = "patience and best_by val need held-out text: add --val_fraction 0.1"
             yield "val_fraction patience best_by", needs
+        yield from board.problems(self)
         yield from rundir.start_problems(self)
 
     def completed(self, batches_per_pass: int, batches_per_step: int) -> TrainConfig:
@@ -734,7 +738,7 @@ class Trainer:
     """Model, optimizer, schedule and batches of a run: one training step, its figures, and what is asked of the model
     on the way. Writes no file. All processes compute all of it together."""
 
-    def __init__(self, config: TrainConfig, corpus: text.Corpus, tokenizer: text.Tokenizer, runtime: Runtime):
+    def __init__(self, config: TrainConfig, corpus: text.Corpus, tokenizer: Tokenizer, runtime: Runtime):
         """Raises UsageError for a text that is too short, a prompt that the tokenizer can't encode, or a model that
         can't fit into the memory; RunError for weights that can't be read."""
         self.given = config  # as asked for, to be kept in checkpoints; self.config has its gaps filled in
@@ -966,7 +970,7 @@ class Loop:
         self.samples = SamplesFile(run_dir, log)
         before = [self.metrics.file, self.samples.file]
         self.checkpoints = CheckpointWriter(run_dir, before, log, self.runtime.host_copies(), self.progress.best_saved)
-        self.board = rundir.NoBoard()
+        self.board = board.Boards(log)
         self.record = record.RunRecord(trainer, run_dir, command)
         self.started_at = self.progress.step
         self.saved_step = self.progress.step
@@ -1021,8 +1025,7 @@ class Loop:
         if self.runtime.rank == 0:
             self.logged_step = rundir.rewind_rows(self.run_dir.metrics, self.metrics.fields, self.started_at)
             self.sampled_step = rundir.rewind_samples(self.run_dir.samples, RULE, self.started_at)
-            if config.tensorboard:
-                self.board = rundir.Board(self.run_dir, self.started_at, self.log)
+            self.board.open(config, self.run_dir, self.started_at)
         # What one process passes over, all pass over: some of it they do together.
         self.logged_step, self.sampled_step = self.runtime.first((self.logged_step, self.sampled_step))
         causality = inference.check_causality(trainer.model, self.runtime, config.seq_len)  # may change the precision
@@ -1248,7 +1251,7 @@ def train(config: TrainConfig, command: str = "", meeting: machine.Alone | None 
     with join(meeting or meet(), alone, config) as runtime:
         with runtime.first_one_first():  # the others find the tokens in the cache
             keep = not config.dry_run
-            tokenizer, corpus = text.open_corpus(config, keep)
+            tokenizer, corpus = open_corpus(config, keep)
         runtime.check_alike({"the text's SHA-256": corpus.sha256, "the tokenizer": tokenizer.name})
         trainer = Trainer(config, corpus, tokenizer, runtime)
         if config.dry_run:

@@ -21,6 +21,7 @@ from common import SAMPLE
 import train
 from support import machine, text
 from support.presets import PRESETS
+from support.tokenizer import load_tokenizer
 
 Step = Callable[[], torch.Tensor]
 LR = 3e-4
@@ -51,7 +52,7 @@ class Setup:
 
 def make_batcher(setup: Setup) -> train.TokenBatcher:
     """Batches of the bundled text, repeated where it is too short."""
-    tokens = text.load_corpus(str(SAMPLE), text.load_tokenizer()).tokens
+    tokens = text.load_corpus(str(SAMPLE), load_tokenizer()).tokens
     times = math.ceil((setup.batch_size * setup.seq_len + 1) / len(tokens))
     return train.TokenBatcher(np.tile(tokens, times), setup.batch_size, setup.seq_len, device=setup.device)
 
@@ -67,7 +68,7 @@ def own(setup: Setup, batcher: train.TokenBatcher, preset: str = "", **changes) 
     config = train.TrainConfig(**{**settings, **changes, "block_size": setup.block_size()})
     runtime = machine.start_runtime(config.device, config.amp)
     corpus = text.Corpus("benchmark", "", "", 0, batcher.tokens)
-    trainer = train.Trainer(config, corpus, text.load_tokenizer(), runtime)
+    trainer = train.Trainer(config, corpus, load_tokenizer(), runtime)
 
     def step() -> torch.Tensor:
         trainer.train_step()

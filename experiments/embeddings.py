@@ -19,6 +19,7 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 import train  # noqa: E402
 from support import checkpoint, cli, text  # noqa: E402
+from support.tokenizer import saved_tokenizer  # noqa: E402
 
 EVER = 10**12
 TIMES = ((0, 0), (1, 1), (2, 5), (6, 20), (21, 100), (101, 1000), (1001, EVER))
@@ -27,7 +28,7 @@ TIMES = ((0, 0), (1, 1), (2, 5), (6, 20), (21, 100), (101, 1000), (1001, EVER))
 def token_counts(state: dict) -> torch.Tensor:
     """How often each token of the vocabulary stands in the text that a checkpoint was trained on."""
     config = state["config"]
-    tokenizer = text.saved_tokenizer(state["tokenizer"])
+    tokenizer = saved_tokenizer(state["tokenizer"])
     corpus = text.load_corpus(config["input_file"], tokenizer, config.get("cache_dir", ""))
     return torch.from_numpy(np.bincount(corpus.tokens, minlength=tokenizer.vocab_size))
 

@@ -28,6 +28,7 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 import train  # noqa: E402
 from support import cli, text  # noqa: E402
+from support.tokenizer import load_tokenizer  # noqa: E402
 
 SMALL = "--n_layer 6 --n_head 6 --n_embd 384"
 BASE = (
@@ -38,7 +39,7 @@ BASE = (
 
 def cut_text(input_file: str, tokens: int) -> tuple[str, int]:
     """(the beginning of the text, how many tokens it has)."""
-    tokenizer = text.load_tokenizer()
+    tokenizer = load_tokenizer()
     corpus = text.load_corpus(input_file, tokenizer)
     beginning = tokenizer.decode(corpus.tokens[:tokens].tolist())
     return beginning, len(tokenizer.encode(beginning))  # the last token may be another when what follows is cut off

@@ -15,7 +15,8 @@ import torch.nn as nn
 from support import machine
 from support.cli import DamagedError, RunError, UsageError, is_out_of_memory
 from support.files import atomic_write, odd_kind
-from support.text import Corpus, Tokenizer, saved_tokenizer
+from support.text import Corpus
+from support.tokenizer import Tokenizer, saved_tokenizer
 
 FORMAT = 2  # raised when an older program couldn't read a newer file
 

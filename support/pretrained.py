@@ -11,7 +11,7 @@ import torch
 
 from support.checkpoint import load_checkpoint, not_finite
 from support.cli import RunError, UsageError, is_out_of_memory
-from support.text import Tokenizer, packaged_folder
+from support.tokenizer import Tokenizer, packaged_folder
 
 GPT2_VOCAB_SIZE = 50257
 # train.py's settings that give a model its shape

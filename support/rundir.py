@@ -16,18 +16,17 @@ import re
 import shutil
 import subprocess
 import sys
-import textwrap
 from collections.abc import Iterator, Sequence
 from datetime import datetime, timezone
 from pathlib import Path
 
 from tqdm import tqdm
 
+from support import source
 from support.checkpoint import changes_since, load_checkpoint
 from support.cli import DamagedError, RunError, UsageError, is_out_of_memory, say
 from support.files import atomic_write, lock_file, odd_kind, replace
 from support.machine import machine_problems, shared_grad_accum
-from support.text import input_problems, tokenizer_problems
 
 ROOT = Path(__file__).resolve().parent.parent
 ENDINGS = ("target reached", "steps done", "patience over")  # of a run that has nothing more to do
@@ -247,8 +246,6 @@ def start_problems(config) -> Iterator[tuple[str, str]]:
         yield "resume overwrite", "resume and overwrite exclude each other: give one of them"
     if config.init_from and config.resume not in ("", "auto"):
         yield "init_from resume", "init_from starts a run, and resume goes on with one: give one of them"
-    if config.tensorboard and not importlib.util.find_spec("tensorboard"):
-        yield "tensorboard", "tensorboard isn't installed: pip install tensorboard, or leave --tensorboard out"
     for problem in machine_problems(config.device, config.amp):
         yield "device amp", problem
     if not config.out_dir:
@@ -256,15 +253,7 @@ def start_problems(config) -> Iterator[tuple[str, str]]:
     else:
         for problem in RunDirectory(config.out_dir).problems(config.overwrite, config.resume):
             yield "out_dir", problem
-    if config.dataset or config.val_dataset or config.val_documents:
-        from support.stream import problems
-
-        yield from problems(config)
-    else:
-        for problem in input_problems(config.input_file):
-            yield "input_file", problem
-    for problem in tokenizer_problems(config.tokenizer):
-        yield "tokenizer", problem
+    yield from source.problems(config)
 
 
 # ---- finding a run ----
@@ -392,59 +381,3 @@ def open_log(run_dir: RunDirectory, enabled: bool):
         yield logger
     finally:
         file.close()
-
-
-# ---- TensorBoard ----
-
-
-class NoBoard:
-    """Where TensorBoard isn't asked for."""
-
-    def add_row(self, row: dict) -> None:
-        pass
-
-    def add_samples(self, texts: Sequence[tuple[str, str]], step: int) -> None:
-        pass
-
-    def flush(self) -> None:
-        pass
-
-    def close(self) -> None:
-        pass
-
-
-class Board:
-    """TensorBoard's files, of figures and samples. A fault there ends them, never the run."""
-
-    def __init__(self, run_dir: RunDirectory, step: int, log: logging.Logger):
-        self.log = log
-        try:
-            from torch.utils.tensorboard import SummaryWriter  # slow to import, so only where it is asked for
-
-            # hides what an earlier start wrote past `step`, since that is made again
-            self.writer = SummaryWriter(run_dir.board, purge_step=step + 1)
-        except Exception as e:  # a broken installation can raise anything
-            raise RunError(f"tensorboard doesn't work here ({e!r:.80}): leave --tensorboard out") from e
-
-    def add_row(self, row: dict) -> None:
-        for key in ("loss", "avg_loss", "val_loss", "lr", "grad_norm", "tok_per_s", "load_entropy", "busiest"):
-            if row.get(key, "") != "":
-                self.call("add_scalar", key, row[key], row["step"])
-
-    def add_samples(self, texts: Sequence[tuple[str, str]], step: int) -> None:
-        for i, (prompt, text) in enumerate(texts):  # as Markdown: four blanks keep the lines as they are
-            self.call("add_text", f"sample {i}", textwrap.indent(prompt + text, "    ", lambda _: True), step)
-
-    def flush(self) -> None:
-        self.call("flush")
-
-    def close(self) -> None:
-        self.call("close")
-
-    def call(self, name: str, *args) -> None:
-        try:
-            if self.writer:
-                getattr(self.writer, name)(*args)
-        except Exception as e:  # its thread's, such as a full disk
-            self.writer = None
-            self.log.warning(f"TensorBoard's files can't be written ({e!r:.80}): from here on they are left out")

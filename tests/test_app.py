@@ -29,6 +29,7 @@ import update_readme
 from support import door, text
 from support.checkpoint import load_checkpoint
 from support.inference import PAGE_BOUNDS
+from support.tokenizer import load_tokenizer
 
 HOW_IT_WORKS = ROOT / "docs" / "how-it-works.md"
 CHROMIUM = ""
@@ -222,7 +223,7 @@ def test_without_the_text_the_prompts_of_the_record_are_examples(checkpoint, tmp
 
 
 def test_examples_are_those_that_the_model_can_read(page, monkeypatch):
-    char = text.load_tokenizer("char", sorted(set("TILDA:\n")))
+    char = load_tokenizer("char", sorted(set("TILDA:\n")))
     monkeypatch.setattr(page.writer, "tokenizer", char)
     assert page.examples() == ["TILDA:\n"]
 

@@ -24,7 +24,7 @@ sys.path.insert(0, str(ROOT))
 from support import cli, text  # noqa: E402
 from support.cli import UsageError  # noqa: E402
 from support.files import atomic_write  # noqa: E402
-from support.tokenizer_file import MOST  # noqa: E402
+from support.tokenizer import END_OF_TEXT, MOST  # noqa: E402
 
 LEAST = 257  # the bytes, and the end of a text
 
@@ -37,7 +37,7 @@ def train(files: Sequence[Path], vocab_size: int) -> tokenizers.Tokenizer:
     bpe.decoder = tokenizers.decoders.ByteLevel()
     trainer = tokenizers.trainers.BpeTrainer(
         vocab_size=vocab_size,
-        special_tokens=[text.END_OF_TEXT],
+        special_tokens=[END_OF_TEXT],
         initial_alphabet=tokenizers.pre_tokenizers.ByteLevel.alphabet(),  # also bytes that the text doesn't have
         show_progress=bool(sys.stderr) and sys.stderr.isatty(),
     )

@@ -26,6 +26,7 @@ from support import checkpoint, machine, rundir, text
 from support.checkpoint import load_checkpoint, save_checkpoint
 from support.cli import DamagedError, RunError, UsageError
 from support.rundir import RunDirectory
+from support.tokenizer import Tokenizer
 
 # ---- what is in it ----
 
@@ -293,7 +294,7 @@ def test_random_bytes_in_any_file_of_a_run_give_no_traceback(tmp_path_factory, s
     assert rundir.rewind_samples(run_dir.samples, train.RULE, 5) <= 5
     assert isinstance(run_dir.read_record(), dict)
     (root / "ids.npy").write_bytes(data)
-    tokenizer = text.Tokenizer("x", 300, lambda any_text: list(any_text.encode()), None)
+    tokenizer = Tokenizer("x", 300, lambda any_text: list(any_text.encode()), None)
     encoded = functools.partial(text.encode_pieces, ["text"], tokenizer, 4)
     assert text.cached_tokens(root / "ids.npy", encoded, 300)[0].tolist() == list(b"text")
     (root / "text").write_bytes(data)

@@ -1,10 +1,9 @@
-"""A run's directory: what a run leaves in it, who may write there, going back to a checkpoint, and TensorBoard."""
+"""A run's directory: what a run leaves in it, who may write there, and going back to a checkpoint."""
 
 from __future__ import annotations
 
 import errno
 import hashlib
-import importlib.util
 import io
 import json
 import logging
@@ -30,7 +29,7 @@ from conftest import PLAY, TINY, log_of, rows_of, tiny_flags
 
 import train
 from support import rundir
-from support.cli import RunError, UsageError
+from support.cli import UsageError
 from support.rundir import RunDirectory
 
 # ---- what a run leaves ----
@@ -289,90 +288,3 @@ def test_two_runs_in_one_process_do_not_share_a_log(tiny, tmp_path):
     train.train(tiny(**SETTINGS, out_dir=str(tmp_path / "second")))
     assert log_of(tmp_path / "first") == before
     assert not logging.getLogger("train").handlers
-
-
-# ---- TensorBoard ----
-
-
-def board_of(out):
-    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-
-    return EventAccumulator(str(out / "tensorboard"), size_guidance={"tensors": 0, "scalars": 0}).Reload()
-
-
-def figures(out, name: str) -> dict[int, float]:
-    """The values of a figure by step."""
-    return {event.step: event.value for event in board_of(out).Scalars(name)}
-
-
-def board_steps(out) -> list[int]:
-    return sorted(figures(out, "loss"))
-
-
-def test_tensorboard_has_the_rows_and_the_samples(tiny, tmp_path):
-    out = tmp_path / "out"
-    changes = {"steps": 9, "num_prompts": 1, "sample_every": 4, "prompt": "TILDA:\n", "tensorboard": True}
-    train.train(tiny(**{**SETTINGS, **changes}))
-    for name in ("loss", "avg_loss", "lr", "grad_norm", "tok_per_s"):
-        expected = {}
-        for row in rows_of(out):
-            expected[int(row["step"])] = pytest.approx(float(row[name]), rel=1e-5)
-        assert figures(out, name) == expected
-    texts = board_of(out).Tensors("sample 0/text_summary")
-    assert [event.step for event in texts] == [4, 8, 9]
-    assert texts[0].tensor_proto.string_val[0].decode().startswith("    TILDA:\n    ")
-
-
-def test_tensorboard_goes_on_after_a_resume_and_is_cleared_by_overwrite(tiny, tmp_path, monkeypatch):
-    out = tmp_path / "out"
-    changes = {**SETTINGS, "steps": 9, "save_every": 3, "tensorboard": True}
-    with monkeypatch.context() as patch:
-        stop_at(7, patch)
-        train.train(tiny(**changes))
-    (out / "checkpoints" / "last.pt").unlink()  # so that it goes back behind what was written
-    train.train(tiny(**changes, resume="auto"))
-    assert board_steps(out) == list(range(1, 10))
-    train.train(tiny(**{**changes, "steps": 2}, overwrite=True))
-    assert board_steps(out) == [1, 2]
-
-
-def test_a_fault_of_tensorboard_ends_no_run(tiny, tmp_path, monkeypatch):
-    from torch.utils import tensorboard
-
-    def full(*_):
-        raise OSError(errno.ENOSPC, "No space left on device")
-
-    monkeypatch.setattr(tensorboard.SummaryWriter, "add_scalar", full)
-    assert train.train(tiny(**SETTINGS, tensorboard=True))["ended"] == "steps done"
-    assert log_of(tmp_path / "out").count("TensorBoard's files can't be written") == 1
-
-
-def test_a_tensorboard_that_does_not_work_is_one_sentence(tiny, monkeypatch):
-    from torch.utils import tensorboard
-
-    def broken(*_, **__):
-        raise TypeError("Descriptors cannot be created directly")
-
-    monkeypatch.setattr(tensorboard, "SummaryWriter", broken)
-    with pytest.raises(RunError, match=r"tensorboard doesn't work here \(.*: leave --tensorboard out"):
-        train.train(tiny(**SETTINGS, tensorboard=True))
-
-
-def test_figures_reach_the_disk_before_the_checkpoint(tiny, tmp_path, monkeypatch):
-    """So that a killed run, which goes on from there, has no gap."""
-    seen = []
-    real = train.CheckpointWriter.save
-
-    def save(writer, *args):
-        seen.append(board_steps(tmp_path / "out"))
-        real(writer, *args)
-
-    monkeypatch.setattr(train.CheckpointWriter, "save", save)
-    train.train(tiny(**{**SETTINGS, "steps": 6, "save_every": 3}, tensorboard=True))
-    assert seen == [[1, 2, 3], [1, 2, 3, 4, 5, 6]]
-
-
-def test_without_tensorboard_it_is_one_sentence(tiny, monkeypatch):
-    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
-    with pytest.raises(UsageError, match="tensorboard isn't installed: pip install tensorboard, or leave"):
-        tiny(tensorboard=True).validate()

@@ -17,7 +17,7 @@ from support import stream
 from support.checkpoint import load_checkpoint
 from support.cli import RunError, UsageError
 from support.machine import Runtime
-from support.text import load_tokenizer
+from support.tokenizer import load_tokenizer
 
 pytest.importorskip("datasets")
 CPU = Runtime(torch.device("cpu"), None, None, "")

@@ -20,7 +20,8 @@ from hypothesis import strategies as st
 
 from support import text
 from support.cli import UsageError
-from support.text import Tokenizer, char_vocabulary, load_corpus, load_tokenizer, saved_tokenizer
+from support.text import char_vocabulary, load_corpus
+from support.tokenizer import Tokenizer, load_tokenizer, packaged_gpt2, saved_tokenizer
 from train import TokenBatcher
 
 PLAY_TEXT = PLAY.read_text(encoding="utf-8")
@@ -83,10 +84,10 @@ def copied_package(tmp_path, monkeypatch):
 @pytest.mark.parametrize("name", ["vocab.bpe", "encoder.json"])
 def test_a_changed_file_is_not_used(tmp_path, monkeypatch, name):
     data = copied_package(tmp_path, monkeypatch)
-    assert text.packaged_gpt2() is not None
+    assert packaged_gpt2() is not None
     with open(data / name, "ab") as f:
         f.write(b"\n")
-    assert text.packaged_gpt2() is None
+    assert packaged_gpt2() is None
 
 
 def test_without_the_package_tiktoken_is_asked_and_without_a_network_it_says_what_to_install(monkeypatch):

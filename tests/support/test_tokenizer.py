@@ -19,7 +19,8 @@ import train
 from support.checkpoint import load_checkpoint, load_model
 from support.cli import UsageError
 from support.inference import generate
-from support.text import END_OF_TEXT, load_text, load_tokenizer, saved_tokenizer
+from support.text import load_text
+from support.tokenizer import END_OF_TEXT, load_tokenizer, saved_tokenizer
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # before transformers is imported
 import transformers
@@ -163,7 +164,7 @@ def test_a_file_that_will_not_do_is_one_sentence(file, tmp_path, capsys, spoil, 
 
 
 def test_more_tokens_than_16_bits_can_number_are_refused(file, monkeypatch):
-    monkeypatch.setattr("support.tokenizer_file.MOST", 399)
+    monkeypatch.setattr("support.tokenizer.MOST", 399)
     with pytest.raises(UsageError, match="it has 400 tokens, and 399 are the most"):
         load_tokenizer(str(file))
 
