@@ -77,6 +77,7 @@ def test_a_preset_leaves_its_run_without_checkpoints(checked):
         assert not (folder / "runs" / name / "checkpoints").exists()
 
 
+@pytest.mark.slow
 def test_what_fails_or_hangs_costs_only_itself(checked_kit):
     folder, done, record = checked_kit
     assert done.returncode == 1

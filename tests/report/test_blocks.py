@@ -230,7 +230,7 @@ PIECES = [
 HOSTILE = st.lists(st.sampled_from(PIECES) | st.characters(), max_size=30).map("".join)
 
 
-@settings(max_examples=50, deadline=None)
+@settings(max_examples=15, deadline=None)
 @given(sample=st.lists(HOSTILE, max_size=4), line=HOSTILE, ended=HOSTILE, command=HOSTILE)
 def test_no_content_breaks_out_of_its_block(tmp_path_factory, sample, line, ended, command):
     folder = tmp_path_factory.mktemp("run")
