@@ -63,7 +63,7 @@ def copy_run(checkpoint: Path, out_dir: Path) -> None:
     run_dir = run_around(checkpoint)
     files = {checkpoint: out_dir / "checkpoints" / "best.pt"}
     if run_dir:
-        for name in ("run.json", "logs/train_metrics.csv"):
+        for name in ("run.json", "logs/train_metrics.csv", "samples/samples.txt"):
             files[run_dir / name] = out_dir / name
     for source, target in files.items():
         if source.is_file():
