@@ -148,7 +148,13 @@ def test_the_loop_costs_what_is_left_beside_its_parts():
     assert found["rest"] == pytest.approx(0.75 - 0.5 / 4)  # of four rounds, one had the samples
 
 
-@pytest.mark.parametrize("script, arguments", [(checkpoints, ["waited for"]), (overhead, [])], ids=["saves", "loop"])
+@pytest.mark.parametrize(
+    "script, arguments",
+    [
+        pytest.param(checkpoints, ["waited for"], id="saves", marks=pytest.mark.slow),
+        pytest.param(overhead, [], id="loop"),
+    ],
+)
 def test_a_run_leaves_a_span_of_each_part(script, arguments, tmp_path):
     flags = [*common.SMALL, "--input_file", str(PLAY), "--out_dir", str(tmp_path / "out"), "--steps", "4"]
     flags += ["--save_every", "2", "--sample_every", "2", "--max_new_tokens", "2", "--device", "cpu"]

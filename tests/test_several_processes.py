@@ -444,6 +444,7 @@ def start_directly(processes: int, *words) -> list[subprocess.Popen]:
     return started
 
 
+@pytest.mark.slow
 def test_when_one_process_does_not_answer_the_others_end_and_say_so(hurt, tmp_path, short_text):
     out = tmp_path / "out"
     flags = tiny_flags(out, **SETTINGS | {"steps": 10_000, "save_every": 5}, wait_minutes=0.03, input_file=short_text)
