@@ -397,14 +397,16 @@ class StreamBatcher:
         """Documents, until so many tokens are there."""
         parts = [self.left]
         there = len(self.left)
-        while there < count:
-            text = self.documents.next()
-            if digest(text) in self.corpus.held_out:
-                continue
-            ids = [*self.tokenizer.encode(text), self.tokenizer.end_of_text]
-            parts.append(torch.tensor(ids, dtype=torch.int32))
-            there += len(ids)
-        self.left = torch.cat(parts)
+        try:
+            while there < count:
+                text = self.documents.next()
+                if digest(text) in self.corpus.held_out:
+                    continue
+                ids = [*self.tokenizer.encode(text), self.tokenizer.end_of_text]
+                parts.append(torch.tensor(ids, dtype=torch.int32))
+                there += len(ids)
+        finally:  # where it breaks off, the cursor stands behind what was read: keep that
+            self.left = torch.cat(parts)
 
     def passes(self) -> float:
         """How often this process has come to the end of its documents."""
