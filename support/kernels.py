@@ -49,13 +49,15 @@ class LinearCrossEntropy(torch.autograd.Function):
             logits[:, V:] = -math.inf
             p = F.softmax(logits, dim=-1, dtype=torch.float32)
             target = (torch.arange(len(tc), device=tc.device), tc.clamp(min=0))
+            p_target = p[target]
             # A probability below the smallest float is a loss of 87 nats, not an infinite one.
-            total -= (p[target].clamp(min=torch.finfo(p.dtype).tiny).log() * counted).sum()
+            total -= (p_target.clamp(min=torch.finfo(p.dtype).tiny).log() * counted).sum()
             if differentiate:  # d loss / d logits = (p - one-hot) / number of rows, which is left to backward
-                p[target] -= 1
-                logits.copy_(p.mul_(counted[:, None]))
-                dx.append(logits @ w)
-                part = (logits.t() @ (xc / 32))[:V]  # /32: the sum of a frequent token's rows must fit into fp16
+                logits.copy_(p)
+                logits[target] = (p_target - 1).to(dtype)  # rounded after the difference, which may be tiny
+                dx.append((logits @ w).mul_(counted[:, None]))
+                # /32: the sum of a frequent token's rows must fit into fp16
+                part = (logits.t() @ (xc / 32 * counted[:, None]))[:V]
                 dw = part.float() if dw is None else dw.add_(part)
         if differentiate:
             ctx.save_for_backward(torch.cat(dx), dw, number)
