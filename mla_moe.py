@@ -424,6 +424,10 @@ class MLAMoE(nn.Module):
             "vectors": [*routers, *(p for p in others if p.dim() < 2), self.model.norm.weight],
         }
 
+    def stacks(self) -> dict:
+        """As train.GPT's. Experts' parameters are stacks already."""
+        return {}
+
     def flops_per_token(self) -> int:
         """A product and a sum for each weight that works on a token, forward and twice backward: all but the experts
         that it isn't sent to."""

@@ -1,9 +1,9 @@
 """Train GPT-2 124M from scratch on one text file, until the model knows the text: its loss is under a target.
 
     python train.py --preset demo                          # the bundled play: no GPU, no network, a minute
-    python train.py --preset shakespeare                   # tiny Shakespeare, fetched on first use: two hours on a CPU
+    python train.py --preset shakespeare                   # tiny Shakespeare, fetched on first use: a minute on a GPU
     python train.py --resume out/checkpoints/last.pt       # go on exactly where a run stopped
-    torchrun --nproc_per_node=4 train.py --preset shakespeare --batch_size 4    # four GPUs, four windows on each
+    torchrun --nproc_per_node=4 train.py --preset shakespeare --batch_size 2    # four GPUs, two windows on each
 
 This file is the story of training, from top to bottom. What it merely needs stands in support/.
 
@@ -65,7 +65,7 @@ from support.launch import join, meet
 from support.machine import Runtime
 from support.presets import PRESETS
 from support.rundir import RunDirectory
-from support.settings import flags_of_experts, from_flags
+from support.settings import flags_of_experts, from_flags, problems_of_length
 from support.source import open_corpus
 from support.tokenizer import Tokenizer
 
@@ -120,6 +120,7 @@ class TrainConfig:
     lr: float = flag(3e-4, "peak learning rate", above=0)
     embed_lr: float = flag(0.0, "peak learning rate of the embeddings (0: as lr)", least=0)
     warmup_steps: int | None = flag(None, "steps to the peak (default: a tenth of steps, at most 300)", least=0)
+    anneal: str = flag("cos", "how the rate rises and falls: by a cosine or a line", choices=("cos", "linear"))
     weight_decay: float = flag(0.1, "decay of matrices; biases and LayerNorms have none", least=0)
     beta1: float = flag(0.9, "AdamW's memory of the gradient, and Muon's", least=0, below=1)
     beta2: float = flag(0.95, "AdamW's memory of its square", least=0, below=1)
@@ -169,14 +170,7 @@ class TrainConfig:
         yield from model_config.conflicts(self)
         if self.seq_len > self.block_size:
             yield "seq_len block_size", f"seq_len {self.seq_len} is over block_size {self.block_size}: use at most that"
-        if not (self.steps or self.epochs):
-            yield "steps epochs", record.NO_LENGTH
-        if self.steps and self.epochs:
-            yield "steps epochs", "steps and epochs exclude each other: give one of them"
-        if self.steps_per_epoch and not self.epochs:
-            yield "steps_per_epoch epochs", "steps_per_epoch is for runs by epochs: add --epochs N, or leave it out"
-        if self.steps and self.warmup_steps and self.warmup_steps > self.steps:
-            yield "steps warmup_steps", record.late_warmup(self)
+        yield from problems_of_length(self)
         held_out = self.val_fraction or self.val_documents or self.val_dataset
         if not held_out and (self.patience or self.best_by == "val"):
             needs = "patience and best_by val need held-out text: add --val_fraction 0.1"
@@ -505,6 +499,12 @@ class GPT(nn.Module):
             "vectors": [p for p in self.parameters() if p.dim() < 2],
         }
 
+    def stacks(self) -> dict[nn.Parameter, tuple[int, int, int]]:
+        """Parameters that are several matrices one above another, each of which Muon takes by itself: (N, rows,
+        columns)."""
+        C = self.config.n_embd
+        return {block.attn.c_attn.weight: (3, C, C) for block in self.transformer.h}
+
     def flops_per_token(self) -> int:
         """A product and a sum for each weight, forward and twice backward (Kaplan et al. 2020, section 2.1)."""
         return 6 * sum(p.numel() for p in self.parameters())
@@ -541,7 +541,7 @@ def build_optimizer(model: GPT, config: TrainConfig, muon_updates: Callable = up
     if config.optimizer == "adamw":
         return torch.optim.AdamW([matrices, embeddings, vectors], **options)
     dtype = torch.bfloat16 if machine.native_bf16(kinds["matrices"][0].device) else torch.float32
-    muon = Muon([matrices], dtype, muon_updates, lr=config.lr, momentum=config.beta1)
+    muon = Muon([matrices], dtype, muon_updates, model.stacks(), lr=config.lr, momentum=config.beta1)
     return MuonAdamW(muon, torch.optim.AdamW([embeddings, vectors], **options))
 
 
@@ -563,6 +563,7 @@ def build_scheduler(optimizer: torch.optim.Optimizer, config: TrainConfig, step:
         pct_start=warmup / max(2, config.steps),
         div_factor=25,  # the first rate is a 25th of the peak
         final_div_factor=1e4,  # and the last one a ten-thousandth of the first
+        anneal_strategy=config.anneal,
         cycle_momentum=False,  # its default, True, would overwrite AdamW's beta1
         last_epoch=step - 1,
     )

@@ -69,7 +69,7 @@ class Training:
 
 GPT2 = Training("GPT-2 124M", A100, 124.4e6, 12, 768, 1024, 512, rate=524_288 / 8 / 0.300)
 XL = Training("GPT-2 1.5B", H100, 1557.6e6, 48, 1600, 1024, 1024, rate=1_048_576 / 8 / 2.80)
-RECIPE = Training("GPT-2 124M, --preset shakespeare", A100, 124.4e6, 12, 768, 256, 16, rate=GPT2.rate)
+RECIPE = Training("GPT-2 124M, --preset shakespeare", A100, 124.4e6, 12, 768, 256, 8, rate=GPT2.rate)
 TRAININGS = (GPT2, XL, RECIPE)
 
 

@@ -22,17 +22,17 @@ TARGET = 0.1
 COLOURS = ("#57606a", "#0550ae", "#8250df", "#116329", "#9a6700", "#bc4c00")
 
 
-def read_runs(path: Path) -> dict[str, list[tuple[int, float]]]:
+def read_runs(path: Path) -> dict[str, list[tuple[float, float]]]:
     """label -> the points (pass, avg_loss) of the run."""
     runs = defaultdict(list)
     with open(path, newline="", encoding="utf-8") as f:
         for row in csv.DictReader(f):
             if row["label"]:
-                runs[row["label"]].append((int(row["pass"]), float(row["avg_loss"])))
+                runs[row["label"]].append((float(row["pass"]), float(row["avg_loss"])))
     return runs
 
 
-def draw(figure, runs: dict[str, list[tuple[int, float]]]) -> None:
+def draw(figure, runs: dict[str, list[tuple[float, float]]]) -> None:
     axes = figure.add_axes((0.11, 0.12, 0.84, 0.83), facecolor=PAPER)
     axes.set_yscale("log")
     for (label, points), colour in zip(runs.items(), COLOURS, strict=True):
@@ -52,7 +52,7 @@ def main(argv: Sequence[str]) -> int:
         print(__doc__, file=sys.stderr)
         return 2
     runs = read_runs(Path(argv[0]))
-    title = "avg_loss after each pass over tiny Shakespeare, by windows a step and momentum"
+    title = "avg_loss after each pass over tiny Shakespeare, by recipe of Muon"
     Path(argv[1]).write_bytes(picture(lambda figure: draw(figure, runs), title))
     return 0
 

@@ -59,4 +59,5 @@ def describe_curve(trainer) -> str:
     first = trainer.optimizer.param_groups[0]["lr"]
     embeddings = f", of the embeddings {config.embed_lr:.2e}" if config.embed_lr else ""
     peak = f"{config.lr:.2e} at step {max(1, config.warmup_steps)}{embeddings}"
-    return f"{first:.2e} at step 1, up to {peak}, down along a cosine to about 0 at step {config.steps}"
+    shape = {"cos": "cosine", "linear": "line"}[config.anneal]
+    return f"{first:.2e} at step 1, up to {peak}, down along a {shape} to about 0 at step {config.steps}"

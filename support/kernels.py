@@ -6,7 +6,7 @@ import collections
 import contextlib
 import functools
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 
 import torch
 import torch.nn as nn
@@ -130,39 +130,43 @@ def polynomial(gram: torch.Tensor, a: float, b: float, c: float) -> torch.Tensor
     return p
 
 
-def updates_here(matrices: Sequence, direction: Callable, dtype: torch.dtype) -> Iterator[tuple]:
-    """Yields (matrix or stack of them, its orthogonalized direction, by products in `dtype`). Those of one shape are
-    worked on together: a GPU would wait longer for the next small product than it works on it."""
-    stacks = collections.defaultdict(list)
-    for p in matrices:
-        stacks[p.shape].append(p)
-    for stack in stacks.values():
-        directions = torch.stack([direction(p) for p in stack])
-        updates = orthogonalized(directions.flatten(0, -3), dtype)  # of a stack, each matrix by itself
-        yield from zip(stack, updates.view_as(directions), strict=True)
+def updates_here(shapes: dict, direction: Callable, dtype: torch.dtype) -> Iterator[tuple]:
+    """Yields (parameter, its orthogonalized direction, by products in `dtype`). `shapes` says what each parameter is: a
+    matrix (rows, columns), or N of them, (N, rows, columns), each of which is worked on by itself. Those of one shape
+    go together: a GPU would wait longer for the next small product than it works on it."""
+    groups = collections.defaultdict(list)
+    for p, shape in shapes.items():
+        groups[tuple(shape)].append(p)
+    for shape, group in groups.items():
+        directions = torch.stack([direction(p).view(shape) for p in group])
+        updates = orthogonalized(directions.flatten(0, -3), dtype)
+        for p, update in zip(group, updates.view_as(directions), strict=True):
+            yield p, update.view(p.shape)
 
 
 class Muon(torch.optim.Optimizer):
     """Momentum, orthogonalized (Jordan et al. 2024, "Muon"). Updates are scaled to the size of AdamW's (Liu et al.
     2025, section 2.2), so that the usual learning rates do."""
 
-    def __init__(self, params, dtype: torch.dtype, updates: Callable = updates_here, **options):
+    def __init__(self, params, dtype: torch.dtype, updates=updates_here, shapes: dict | None = None, **options):
         """params: matrices or stacks of them (N, rows, columns), such as experts', or groups of both; options: lr,
-        momentum and weight_decay. Several processes share the work by `updates` of theirs."""
+        momentum and weight_decay. Several processes share the work by `updates` of theirs. `shapes`: of parameters that
+        are to be seen as stacks, as updates_here has it."""
         super().__init__(params, options)
         self.dtype = dtype
         self.updates = updates
+        self.shapes = shapes or {}
 
     @torch.no_grad()
     def step(self, closure=None) -> None:
         for group in self.param_groups:
-            matrices = [p for p in group["params"] if p.grad is not None]
-            for p in matrices:
+            shapes = {p: self.shapes.get(p, p.shape) for p in group["params"] if p.grad is not None}
+            for p in shapes:
                 self.remember(p, group["momentum"])
             direction = functools.partial(self.direction, momentum=group["momentum"])
-            for p, update in self.updates(matrices, direction, self.dtype):
+            for p, update in self.updates(shapes, direction, self.dtype):
                 p.mul_(1 - group["lr"] * group["weight_decay"])
-                p.add_(update, alpha=-group["lr"] * 0.2 * math.sqrt(max(p.shape[-2:])))
+                p.add_(update, alpha=-group["lr"] * 0.2 * math.sqrt(max(shapes[p][-2:])))
 
     def remember(self, p: torch.Tensor, momentum: float) -> None:
         """The average of the gradients."""

@@ -10,7 +10,7 @@ import random
 import re
 import statistics
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -108,9 +108,9 @@ class Runtime:
     def host_copies(self) -> HostCopies:
         return HostCopies(self.device)
 
-    def muon_updates(self, matrices: Sequence, direction: Callable, dtype: torch.dtype) -> Iterator[tuple]:
-        """Muon's updates (kernels.updates_here), each matrix's by one of the processes."""
-        return updates_here(matrices, direction, dtype)
+    def muon_updates(self, shapes: dict, direction: Callable, dtype: torch.dtype) -> Iterator[tuple]:
+        """Muon's updates (kernels.updates_here), each parameter's by one of the processes."""
+        return updates_here(shapes, direction, dtype)
 
     @contextlib.contextmanager
     def watched(self, last_words: Callable[[str], None]):

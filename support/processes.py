@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator
 from datetime import timedelta
 
 import torch
@@ -20,9 +20,9 @@ STEP = timedelta(minutes=10)  # that processes may be apart in a step; the watch
 PATIENT = timedelta(days=7)  # for what one process does while the others wait for it, such as tokenizing a long text
 
 
-def dealt(matrices: Sequence, hands: int) -> list[list]:
+def dealt(parameters: Iterable, hands: int) -> list[list]:
     """Shares of about the same work: of each shape, each gets as many as the others, or one less."""
-    by_shape = sorted(matrices, key=lambda p: tuple(p.shape))
+    by_shape = sorted(parameters, key=lambda p: tuple(p.shape))
     return [by_shape[hand::hands] for hand in range(hands)]
 
 
@@ -88,13 +88,14 @@ class Processes(Runtime):
         model.train(was_training)
         return wrapped
 
-    def muon_updates(self, matrices: Sequence, direction: Callable, dtype: torch.dtype) -> Iterator[tuple]:
+    def muon_updates(self, shapes: dict, direction: Callable, dtype: torch.dtype) -> Iterator[tuple]:
         """Each process makes the updates of its own share. One all-gather brings it the others'."""
-        shares = dealt(matrices, self.world_size)
+        shares = dealt(shapes, self.world_size)
         longest = max(sum(p.numel() for p in share) for share in shares)
         mine = torch.zeros(longest, dtype=dtype, device=self.device)
         start = 0
-        for p, update in updates_here(shares[self.rank], direction, dtype):
+        own_shapes = {p: shapes[p] for p in shares[self.rank]}
+        for p, update in updates_here(own_shapes, direction, dtype):
             mine[start : start + p.numel()] = update.flatten()
             start += p.numel()
         for share, updates in zip(shares, self.gather(mine), strict=True):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Iterator, Sequence
 
-from support import cli, pretrained
+from support import cli, pretrained, record
 from support.cli import UsageError
 from support.presets import OTHER_NAMES, PRESETS
 from support.rundir import RunDirectory
@@ -16,6 +16,18 @@ def flags_of_experts(config) -> Iterator[tuple[str, str]]:
     for name in ("n_expert", "n_expert_active", "expert_width", "balance_rate"):
         if getattr(config, name) != getattr(type(config), name):
             yield f"{name} arch", f"{name} is for --arch mla_moe: add that, or leave --{name} out"
+
+
+def problems_of_length(config) -> Iterator[tuple[str, str]]:
+    """Yields (settings of a run's length that don't go together, what to do about it)."""
+    if not (config.steps or config.epochs):
+        yield "steps epochs", record.NO_LENGTH
+    if config.steps and config.epochs:
+        yield "steps epochs", "steps and epochs exclude each other: give one of them"
+    if config.steps_per_epoch and not config.epochs:
+        yield "steps_per_epoch epochs", "steps_per_epoch is for runs by epochs: add --epochs N, or leave it out"
+    if config.steps and config.warmup_steps and config.warmup_steps > config.steps:
+        yield "steps warmup_steps", record.late_warmup(config)
 
 
 def from_flags(kind: type, argv: Sequence[str]):

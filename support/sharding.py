@@ -6,7 +6,7 @@ when they are saved, and cut when they are loaded."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 
 import torch
 import torch.distributed as dist
@@ -78,10 +78,10 @@ class Sharded(Processes):
 
     # ---- Muon ----
 
-    def muon_updates(self, matrices: Sequence, direction: Callable, dtype: torch.dtype) -> Iterator[tuple]:
+    def muon_updates(self, shapes: dict, direction: Callable, dtype: torch.dtype) -> Iterator[tuple]:
         """The parts of a direction travel to the process that orthogonalizes it, and the parts of the update back: two
         collectives, for any number of matrices."""
-        shares = dealt(matrices, self.world_size)
+        shares = dealt(shapes, self.world_size)
         mine = shares[self.rank]
         # what I have of each process's matrices, and how much each process has of mine
         parts = [[direction(p).to_local() for p in share] for share in shares]
@@ -91,7 +91,8 @@ class Sharded(Processes):
         directions = {}
         for i, p in enumerate(mine):
             directions[p] = torch.cat([of_one[i] for of_one in received]).view(p.shape)
-        updates = dict(updates_here(mine, directions.__getitem__, dtype))
+        own_shapes = {p: shapes[p] for p in mine}
+        updates = dict(updates_here(own_shapes, directions.__getitem__, dtype))
 
         back = [[] for _ in shares]
         for i, p in enumerate(mine):

@@ -208,7 +208,7 @@ def test_a_preset_brings_its_own_batch():
         mine = peer.setup(setup)
         of[name] = (mine.batch_size, mine.seq_len)
     assert of["train.py"] == (8, 64)
-    assert of["train.py --preset shakespeare"] == (16, 256)
+    assert of["train.py --preset shakespeare"] == (8, 256)
     assert of["train.py --preset adamw"] == (1, 1024)
     assert of["train.py --preset demo"] == (1, 256)
 
@@ -348,11 +348,11 @@ def test_predictions_are_near_what_others_measured():
         assert float(predicted) == pytest.approx(float(measured), rel=0.1 if "seconds" in what else 0.015)
 
 
-def test_a_step_of_sixteen_windows_has_no_work_for_more_gpus(capsys):
+def test_a_step_of_eight_windows_has_no_work_for_more_gpus(capsys):
     scaling.main([])
     recipe = capsys.readouterr().out.split("--preset shakespeare")[1]
-    assert "| 16 | 1 |" in recipe
-    assert "| 32 | a step has only 16 |" in recipe
+    assert "| 8 | 1 |" in recipe
+    assert "| 16 | a step has only 8 |" in recipe
 
 
 # ---- onnx_check.py ----

@@ -47,6 +47,17 @@ def test_first_peak_and_last_rate(tiny):
     assert rates[29:] == sorted(rates[29:], reverse=True)
 
 
+def test_a_rate_can_fall_along_a_line(tiny):
+    config = {"steps": 101, "warmup_steps": 21, "lr": 1.0}
+    line = curve(tiny(**config, anneal="linear"))
+    cosine = curve(tiny(**config))
+    falls = [line[step] - line[step + 1] for step in range(20, 100)]
+    assert falls == pytest.approx([falls[0]] * 80, rel=1e-3)
+    assert line[20] == cosine[20] == pytest.approx(1.0)
+    assert line[100] == pytest.approx(1 / 25 / 1e4)
+    assert line[40] < cosine[40] - 0.05  # a cosine stays near the peak at first
+
+
 def test_a_long_run_does_not_warm_up_for_a_third_of_it(tiny):
     config = tiny(steps=200_000, optimizer="adamw").completed(1, 1)
     scheduler = train.build_scheduler(optimizer_of(config), config, 299)
@@ -145,8 +156,11 @@ def plain_muon(p: torch.Tensor, average: torch.Tensor, lr: float, momentum: floa
     """One matrix's update as the papers write it, with an exact polar factor: U V^T of the SVD."""
     average.mul_(momentum).add_(p.grad, alpha=1 - momentum)
     ahead = (1 - momentum) * p.grad + momentum * average
+    rows, columns = p.shape
+    if rows == 3 * columns:  # query, key and value, each by itself
+        ahead = ahead.view(3, columns, columns)
     u, _, v = torch.linalg.svd(ahead, full_matrices=False)
-    p.data -= lr * decay * p.data + lr * 0.2 * max(p.shape) ** 0.5 * (u @ v)
+    p.data -= lr * decay * p.data + lr * 0.2 * max(ahead.shape[-2:]) ** 0.5 * (u @ v).view(p.shape)
 
 
 def test_muon_and_adamw_do_together_what_each_does_alone(tiny, monkeypatch):
@@ -221,6 +235,23 @@ def test_muon_does_without_bf16_where_it_would_crawl(tiny, monkeypatch):
     in_fp32 = update_by_muon(config)
     assert dtypes == [torch.bfloat16] * 4 + [torch.float32] * 4  # the matrices of a block have four shapes
     assert 0 < (in_bf16 - in_fp32).norm() < 0.02 * in_fp32.norm()
+
+
+def test_muon_takes_query_key_and_value_apart(tiny):
+    """However small the gradient of one of them, it moves as far as the others."""
+    torch.manual_seed(0)
+    model = small_model(n_embd=16)
+    c_attn = model.transformer.h[0].attn.c_attn.weight
+    before = c_attn.detach().clone()
+    optimizer = train.build_optimizer(model, tiny(optimizer="muon", lr=1e-2, weight_decay=0.0))
+    for p in model.parameters():
+        p.grad = torch.randn_like(p)
+    c_attn.grad[:16] *= 1e-4
+    optimizer.step()
+    for moved in (c_attn.detach() - before).chunk(3):
+        values = torch.linalg.svdvals(moved) / (optimizer.param_groups[0]["lr"] * 0.2 * 16**0.5)
+        assert values.max() < 1.15
+        assert values.median() > 0.85
 
 
 @pytest.mark.parametrize("shape", [(16, 48), (48, 16), (24, 24)])
