@@ -3,6 +3,7 @@ Nothing here is timed."""
 
 from __future__ import annotations
 
+import dataclasses
 import importlib
 
 import pytest
@@ -12,10 +13,11 @@ from conftest import PLAY, ROOT, tiny_flags
 import train
 from support.inference import Request, Writer, generate
 from support.kernels import attention_by_products
+from support.presets import PRESETS
 
 BENCHMARKS = ("billion", "checkpoints", "gpu_check", "growth", "large_text", "onnx_check", "overhead", "sampling")
 BENCHMARKS += ("scaling", "throughput")
-EXPERIMENTS = ("embeddings", "four_errors", "muon_for_experts", "recipe")
+EXPERIMENTS = ("embeddings", "four_errors", "muon_for_experts", "muon_sweep", "recipe")
 
 with pytest.MonkeyPatch.context() as patch:  # where the scripts find each other
     for folder in ("benchmarks", "experiments", "assets"):
@@ -30,6 +32,7 @@ growth = scripts["growth"]
 large_text = scripts["large_text"]
 onnx_check = scripts["onnx_check"]
 overhead = scripts["overhead"]
+muon_sweep = scripts["muon_sweep"]
 recipe = scripts["recipe"]
 sampling = scripts["sampling"]
 scaling = scripts["scaling"]
@@ -353,6 +356,83 @@ def test_a_step_of_eight_windows_has_no_work_for_more_gpus(capsys):
     recipe = capsys.readouterr().out.split("--preset shakespeare")[1]
     assert "| 8 | 1 |" in recipe
     assert "| 16 | a step has only 8 |" in recipe
+
+
+# ---- muon_sweep.py ----
+
+SMALL_RECIPE = "--n_layer 1 --n_head 2 --n_embd 16 --batch_size 2 --seq_len 32 --steps 8 --warmup_steps 3 --tokens 500"
+
+
+@pytest.mark.parametrize("shift", [False, True])
+def test_a_recipe_is_trained_as_train_py_does_it(tiny, make_trainer, shift):
+    config = tiny(**PRESETS["shakespeare"] | {"batch_size": 2, "steps": 8, "warmup_steps": 3, "shift_windows": shift})
+    config = dataclasses.replace(config, n_layer=1, block_size=1024, amp="auto")
+    trainer = make_trainer(config)
+    tokens = trainer.batcher.tokens
+    words = SMALL_RECIPE.replace("--tokens 500", "--shift_windows" if shift else "")
+    run = muon_sweep.Run(words, tokens, torch.device("cpu"))
+    before = [p.detach().clone() for p in run.model.parameters()]
+    for _ in range(8):
+        trainer.train_step()
+        over = run.advance()
+        assert run.losses[run.done - 1].item() == pytest.approx(trainer.progress.loss.item(), abs=1e-4)
+    assert over
+    assert run.a_pass == trainer.batcher.n_batches
+    for first, a, b in zip(before, trainer.model.parameters(), run.model.parameters(), strict=True):
+        assert (a - b).norm() < 0.01 * (a - first).norm()
+
+
+@pytest.mark.parametrize("way", ["--attention whole", "--attention heads --mlp_block 8", "--way mud1", "--anneal flat"])
+def test_a_recipe_may_have_what_train_py_has_not(way):
+    tokens = torch.arange(500).numpy()
+    usual = muon_sweep.Run(SMALL_RECIPE, tokens, torch.device("cpu"))
+    other = muon_sweep.Run(f"{SMALL_RECIPE} {way}", tokens, torch.device("cpu"))
+    for run in (usual, other):
+        while not run.advance():
+            pass
+    assert usual.losses[0] == other.losses[0]
+    assert usual.losses[-1] != other.losses[-1]
+    assert other.row()["steps"] == 8
+    assert len(other.row()["avg_loss"]) == 1
+
+
+def test_heads_and_neurons_stand_one_above_another_or_side_by_side():
+    run = muon_sweep.Run(
+        f"{SMALL_RECIPE} --attention heads --mlp_block 8", torch.arange(500).numpy(), torch.device("cpu")
+    )
+    torch.manual_seed(0)
+    into = torch.randn(1, 48, 16)
+    out_of = torch.randn(1, 16, 64)
+    assert run.cut("attn.c_attn.weight", into).shape == (1, 6, 8, 16)
+    assert torch.equal(run.cut("attn.c_attn.weight", into)[0, 1], into[0, 8:16])
+    assert run.cut("mlp.c_proj.weight", out_of).shape == (1, 8, 16, 8)
+    assert torch.equal(run.cut("mlp.c_proj.weight", out_of)[0, 1], out_of[0, :, 8:16])
+    for name, stack in (("attn.c_attn.weight", into), ("mlp.c_proj.weight", out_of)):
+        done = run.cut(name, run.orthogonalized(name, stack))
+        values = torch.linalg.svdvals(done) / (0.2 * 16**0.5)
+        assert values.min() > 0.5
+        assert values.max() < 1.2
+
+
+def test_decorrelated_rows_are_nearly_orthogonal():
+    torch.manual_seed(0)
+    x = torch.randn(2, 8, 32)
+    x[:, 1] += 3 * x[:, 0]
+    done = muon_sweep.decorrelated(x, 2)
+    before = torch.linalg.svdvals(torch.nn.functional.normalize(x, dim=2))
+    after = torch.linalg.svdvals(done)
+    assert (after - 1).abs().max() < 0.2 < (before - 1).abs().max()
+    torch.testing.assert_close(muon_sweep.decorrelated(x.mT, 2), done.mT)
+
+
+def test_a_recipe_that_is_behind_ends():
+    tokens = torch.arange(500).numpy()
+    for most, steps in (("1", 8), ("99", 16)):
+        words = f"{SMALL_RECIPE} --steps 16 --behind 1:{most}"
+        run = muon_sweep.Run(words, tokens, torch.device("cpu"))
+        while not run.advance():
+            pass
+        assert run.done == steps
 
 
 # ---- onnx_check.py ----
