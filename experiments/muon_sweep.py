@@ -18,6 +18,7 @@ import argparse
 import dataclasses
 import json
 import math
+import re
 import shlex
 import sys
 import time
@@ -37,6 +38,11 @@ from support.tokenizer import load_tokenizer  # noqa: E402
 
 TARGET = 0.1
 FLAT = 0.3  # of the steps are at the peak, with --anneal flat
+CHOICES = {
+    "anneal": ("linear", "cos", "flat"),
+    "attention": ("qkv", "whole", "heads"),
+    "way": ("polar", "mud1", "mud2"),
+}
 
 
 @dataclass
@@ -47,11 +53,11 @@ class Recipe:
     seq_len: int = 256
     steps: int = 1300
     lr: float = 3e-3
-    embed_lr: float = 8e-4
+    embed_lr: float = 8e-4  # 0: lr
     beta1: float = 0.7
     beta2: float = 0.999
     warmup_steps: int = 60
-    anneal: str = "linear"  # or cos, or flat: at the peak first, then a line
+    anneal: str = "linear"  # flat: at the peak first, then a line
     seed: int = 1337
     shift_windows: bool = False
     n_layer: int = 12
@@ -61,21 +67,28 @@ class Recipe:
     vector_rate: float = 1.0  # of biases and LayerNorms, times lr
     adamw_beta1: float = -1.0  # of AdamW alone; -1: beta1
     eps: float = 1e-8  # of AdamW
-    attention: str = "qkv"  # what is orthogonalized by itself: qkv, whole (c_attn as one), or heads
+    attention: str = "qkv"  # what is orthogonalized by itself: query, key and value, c_attn as a whole, or heads
     mlp_block: int = 0  # neurons whose weights are orthogonalized together; 0: all
-    way: str = "polar"  # or mud1, mud2: so many passes of `decorrelated`
+    way: str = "polar"  # mud1, mud2: so many passes of `decorrelated`
     tokens: int = 0  # of the text's beginning; 0: all
     behind: str = ""  # PASS:LOSS: ends the run if avg_loss is higher after that pass
 
 
 def read_recipe(words: str) -> Recipe:
+    """Ends the program, with what is wrong, for words that aren't a recipe."""
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     for field in dataclasses.fields(Recipe):
         if field.default is False:
             parser.add_argument(f"--{field.name}", action="store_true")
         else:
-            parser.add_argument(f"--{field.name}", type=type(field.default), default=field.default)
-    return Recipe(**vars(parser.parse_args(shlex.split(words))))
+            options = {"type": type(field.default), "default": field.default, "choices": CHOICES.get(field.name)}
+            parser.add_argument(f"--{field.name}", **options)
+    recipe = Recipe(**vars(parser.parse_args(shlex.split(words))))
+    if recipe.mlp_block and 4 * recipe.n_embd % recipe.mlp_block:
+        parser.error(f"--mlp_block {recipe.mlp_block} doesn't divide the {4 * recipe.n_embd} neurons of a block")
+    if recipe.behind and not re.fullmatch(r"\d+:[\d.]+", recipe.behind):
+        parser.error(f"--behind {recipe.behind} isn't PASS:LOSS, as 4:2.9")
+    return recipe
 
 
 def rates(recipe: Recipe) -> torch.Tensor:
@@ -97,7 +110,7 @@ def rates(recipe: Recipe) -> torch.Tensor:
     return torch.tensor(shares)
 
 
-def first_tokens(recipe: Recipe, length: int) -> tuple[torch.Tensor, int]:
+def batch_starts(recipe: Recipe, length: int) -> tuple[torch.Tensor, int]:
     """(where in the text each step's batch begins, (steps,); batches in a pass)."""
     places = np.arange(length)  # a batch of these says where it is
     batcher = train.TokenBatcher(
@@ -127,7 +140,7 @@ class Run:
         self.recipe = recipe = read_recipe(words)
         self.device = device
         tokens = tokens[: recipe.tokens or len(tokens)].astype(np.int64)
-        starts, self.a_pass = first_tokens(recipe, len(tokens))
+        starts, self.a_pass = batch_starts(recipe, len(tokens))
         self.tokens = torch.from_numpy(tokens).to(device)
         self.starts = starts.to(device)
         self.rates = rates(recipe).to(device)
@@ -154,7 +167,8 @@ class Run:
         self.momentum = {name: torch.zeros_like(torch.stack(stack)) for name, stack in self.matrices.items()}
         groups = self.model.parameter_groups()
         tokens, positions = groups["embeddings"]
-        self.peaks = [recipe.embed_lr, recipe.embed_lr * recipe.position_rate, recipe.lr * recipe.vector_rate]
+        embed_lr = recipe.embed_lr or recipe.lr
+        self.peaks = [embed_lr, embed_lr * recipe.position_rate, recipe.lr * recipe.vector_rate]
         parameters = [[tokens], [positions], groups["vectors"]]
         self.adamw = torch.optim.AdamW(
             [{"params": group, "lr": torch.zeros((), device=self.device)} for group in parameters],
@@ -238,7 +252,7 @@ class Run:
         self.done += 1
         if self.done % self.a_pass and self.done < self.recipe.steps:
             return False
-        return self.ends_pass()
+        return self.note_pass()
 
     def replay(self) -> None:
         if self.done < 2:  # AdamW makes its averages in a first step
@@ -251,18 +265,19 @@ class Run:
                 self.step()
         self.graph.replay()
 
-    def ends_pass(self) -> bool:
+    def note_pass(self) -> bool:
+        """avg_loss, now that a pass or the run ends. Is the run over?"""
         if self.stream is not None:
             self.stream.synchronize()
         losses = self.losses[: self.done].cpu()
         avg_loss = losses[-self.a_pass :].mean().item()
-        self.passes.append(round(avg_loss, 4))
+        self.passes.append(round(avg_loss, 4) if math.isfinite(avg_loss) else None)  # JSON has no NaN
         if self.done >= self.a_pass:
             means = losses.unfold(0, self.a_pass, 1).mean(dim=1)  # avg_loss at each step from the first full pass on
             reached = (means < TARGET).nonzero()
             if len(reached):
                 self.under = int(reached[0]) + self.a_pass
-        return bool(self.under) or self.done >= self.recipe.steps or not math.isfinite(avg_loss) or self.is_behind()
+        return bool(self.under) or self.done >= self.recipe.steps or self.passes[-1] is None or self.is_behind()
 
     def is_behind(self) -> bool:
         if not self.recipe.behind:
@@ -271,7 +286,9 @@ class Run:
         return len(self.passes) == int(at) and self.passes[-1] > float(most)
 
     def row(self) -> dict:
-        tokens = self.under and self.under * self.recipe.batch_size * self.recipe.seq_len
+        tokens = None
+        if self.under:
+            tokens = self.under * self.recipe.batch_size * self.recipe.seq_len
         return {"recipe": self.words, "steps": self.done, "avg_loss": self.passes, "tokens_under_target": tokens}
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import dataclasses
 import importlib
+import json
 
 import pytest
 import torch
@@ -433,6 +434,32 @@ def test_a_recipe_that_is_behind_ends():
         while not run.advance():
             pass
         assert run.done == steps
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        ("--way mud3", "invalid choice: 'mud3'"),
+        ("--attention head", "invalid choice: 'head'"),
+        ("--anneal flatt", "invalid choice: 'flatt'"),
+        ("--mlp_block 1000", "--mlp_block 1000 doesn't divide the 3072 neurons of a block"),
+        ("--behind 2.9", "--behind 2.9 isn't PASS:LOSS, as 4:2.9"),
+        ("--rate 3", "unrecognized arguments: --rate 3"),
+    ],
+)
+def test_a_mistake_in_a_recipe_is_told_before_the_first_run(words, said, capsys):
+    with pytest.raises(SystemExit) as ended:
+        muon_sweep.main(["", words, "--input_file", "not there"])
+    assert ended.value.code == 2
+    assert said in capsys.readouterr().err
+
+
+def test_a_recipe_that_breaks_ends_and_is_still_json():
+    run = muon_sweep.Run(f"{SMALL_RECIPE} --lr 1e30 --steps 99", torch.arange(500).numpy(), torch.device("cpu"))
+    while not run.advance():
+        pass
+    assert run.done == 8  # a pass
+    assert json.dumps(run.row(), allow_nan=False)
 
 
 # ---- onnx_check.py ----
