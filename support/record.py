@@ -75,11 +75,12 @@ PARTS = {
 
 
 def parameter_counts(model) -> dict[str, int]:
-    """Parameters by component, by their names; the head is the token embedding, so it isn't counted again."""
+    """Parameters by component, by their names. GPT-2's head is its token embedding, so it isn't counted again."""
     counts = collections.Counter()
     for name, p in model.named_parameters():
         inside = [part for part in PARTS if part in name.split(".")]
-        counts[PARTS[inside[0]] if inside else "norms"] += p.numel()
+        component = PARTS[inside[0]] if inside else "norms"
+        counts[component] += p.numel()
     return dict(counts)
 
 
@@ -116,6 +117,8 @@ def closing(trainer, run_dir: RunDirectory, ended: str, seconds: float, final_lo
     yield checkpoints
     if ended == "steps done":
         yield f"To train on: python train.py --resume {last} --steps {2 * config.steps}"
+    elif ended == "patience over":
+        yield f"To train on: python train.py --resume {last} --patience {progress.stale + config.patience}"
     elif ended != "target reached":
         yield f"To train on: python train.py --resume {last}"
     yield f"To sample: python sample.py --checkpoint {shlex.quote(str(best))}"
@@ -156,14 +159,21 @@ def estimate(trainer, rate: float) -> str:
     return f"Time to target at {rate:.0f} tok/s: {duration(seconds)}, at {until}, {why}"
 
 
+# On these settings it depends how many tokens a run needs.
+DECISIVE = (
+    *("arch", "block_size", "n_layer", "n_head", "n_embd", "dropout", "tokenizer", "val_fraction", "target_loss"),
+    *("batch_size", "seq_len", "grad_accum", "randomize_batches", "shift_windows", "steps", "warmup_steps"),
+    *("optimizer", "lr", "embed_lr", "anneal", "weight_decay", "beta1", "beta2", "clip_grad"),
+)
+
+
 def known_tokens(config, sha256: str) -> int:
     """Tokens that the recorded run of this preset needed to its target; 0 if the settings or the text are others."""
     record = RECORDS.get(config.preset)
     if record is None or record["sha256"] != sha256:
         return 0
-    recipe = dataclasses.replace(type(config)(), **PRESETS[config.preset])
-    shape = ("block_size", "n_layer", "n_head", "n_embd", "tokenizer", "batch_size", "seq_len", "grad_accum")
-    for name in (*shape, "randomize_batches", "shift_windows", "steps", "optimizer", "lr", "embed_lr"):
+    recipe = dataclasses.replace(type(config)(), **PRESETS[config.preset]).completed(1, 1)  # it gives its own steps
+    for name in DECISIVE:
         if getattr(config, name) != getattr(recipe, name):
             return 0
     return record["tokens"]

@@ -154,6 +154,7 @@ def test_patience_stops_a_run_whose_val_loss_no_longer_falls(quick, tmp_path, mo
     measure_as(monkeypatch, [5.0, 4.0, 4.5, 3.0, 3.0, 3.5, 9.0, 9.0])
     record = train.train(quick(**settings))
     assert (record["ended"], record["steps"], record["best_val_loss"]) == ("patience over", 30, 3.0)
+    assert re.search(r"To train on: python train.py --resume \S+/last.pt --patience 4\n", log_of(tmp_path / "out"))
     assert train.train(quick(**settings, resume="auto"))["ended"] == "nothing to do"
     assert "this run has ended (patience over); to go on, give more --patience" in log_of(tmp_path / "out")
     measure_as(monkeypatch, [2.0] + [1.0] * 9)

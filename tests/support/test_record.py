@@ -51,7 +51,21 @@ def test_a_published_run_is_known_by_its_settings_and_its_text(name):
     same = recipe.completed(10, 1)
     sha256 = RECORDS[name]["sha256"]
     assert record.known_tokens(same, sha256) == RECORDS[name]["tokens"]
-    for change in ({"lr": 1.0}, {"n_layer": 1}, {"randomize_batches": True}, {"grad_accum": 2}, {"preset": ""}):
+    for change in (
+        {"lr": 1.0},
+        {"n_layer": 1},
+        {"randomize_batches": True},
+        {"grad_accum": 2},
+        {"preset": ""},
+        {"arch": "mla_moe"},
+        {"dropout": 0.1},
+        {"val_fraction": 0.1},
+        {"target_loss": 1.0},
+        {"weight_decay": 0.3},
+        {"beta1": 0.1},
+        {"clip_grad": 0.5},
+        {"warmup_steps": 2},
+    ):
         assert record.known_tokens(dataclasses.replace(same, **change), sha256) == 0, change
     assert record.known_tokens(same, "0" * 64) == 0
 
