@@ -184,7 +184,7 @@ class TrainConfig:
         steps = self.steps
         if steps is None:
             steps_per_epoch = self.steps_per_epoch or batches_per_pass / batches_per_step
-            steps = math.ceil(self.epochs * steps_per_epoch)
+            steps = max(1, math.ceil(round(self.epochs * steps_per_epoch, 6)))  # 27 epochs of 7/3 steps are 63
         a_tenth = max(1, steps // 10)
         save_every = self.save_every or min(1000, a_tenth)
         usual = {
@@ -463,8 +463,8 @@ class GPT(nn.Module):
         return self.transformer.ln_f(x)
 
     def forward(self, idx: torch.Tensor, targets: torch.Tensor | None = None, keep_logits: bool = True, cache=None):
-        """idx (B, T) -> (logits (B, T, V), loss); the loss is the mean over the targets that aren't -1, in nats.
-        Training needs none: without logits (None) it takes less memory. With a cache they are the last position's."""
+        """idx (B, T) -> (logits, loss). logits: (B, T, V), or with a cache (B, 1, V), of the last position. loss: mean
+        over the targets that aren't -1, in nats. Without keep_logits, logits are None: training takes less memory."""
         x = self.hidden(idx, cache)
         if cache is not None:
             x = x[:, -1:]
@@ -574,9 +574,6 @@ def build_scheduler(optimizer: torch.optim.Optimizer, config: TrainConfig, step:
 CSV_FIELDS = ["step", "epoch", "tokens", "loss", "avg_loss", "best_loss", "lr", "grad_norm", "tok_per_s", "elapsed_s"]
 CSV_FIELDS += ["mfu"]
 RULE = "=" * 80
-# What best.pt has of a checkpoint: the weights, and where they come from.
-WEIGHTS = ["format", "model", "model_config", "config", "step", "loss", "val_loss", "tokenizer", "corpus_sha256"]
-WEIGHTS += ["origin"]
 
 
 class MetricsCSV:
@@ -588,7 +585,7 @@ class MetricsCSV:
 
     def write(self, row: dict) -> None:
         header = ",".join(self.fields) + "\n" if self.file.starts_empty() else ""
-        cells = [f"{row[name]:.10g}" if isinstance(row[name], float) else str(row[name]) for name in self.fields]
+        cells = [figures.cell(row[name]) for name in self.fields]
         self.file.append(header + ",".join(cells) + "\n")
 
 
@@ -657,7 +654,7 @@ class CheckpointWriter:
         spare = self.run_dir.previous if self.run_dir.last.exists() else None  # of two old files, one is enough
         if best is not None:
             try:
-                checkpoint.save_checkpoint(self.run_dir.best, {key: state[key] for key in WEIGHTS}, spare=spare)
+                checkpoint.save_checkpoint(self.run_dir.best, checkpoint.weights_of(state), spare=spare)
                 self.best = best
             except RunError as e:  # last.pt matters more
                 failure = e
@@ -857,7 +854,8 @@ class Trainer:
         return self.batcher.position >= self.batcher.averaged
 
     def avg_loss(self) -> float:
-        """Mean training loss of the last pass: of each batch once (before a first full pass: of those seen)."""
+        """Mean of each batch's latest training loss: in order, that is the last pass (before a first full pass: the
+        batches seen). Shuffled, a batch's loss may be nearly two passes old."""
         seen = max(1, min(self.batcher.position, self.batcher.averaged))
         return self.losses.cpu().sum(dtype=torch.float64).item() / seen
 
@@ -924,7 +922,7 @@ class Trainer:
             "corpus_sha256": self.corpus.sha256,
             "origin": self.origin,
             "progress": progress.state_dict(),
-            "scheduler": self.scheduler.state_dict(),
+            "scheduler": self.scheduler.state_dict(),  # for a reader of the file; build_scheduler says why no more
             # A scaler that isn't used has an empty state, which can't be loaded.
             "scaler": self.runtime.scaler.state_dict() if self.runtime.scaler else None,
             "batcher": self.batcher.state_dict(),
@@ -1130,9 +1128,11 @@ class Loop:
         self.log.info(f"avg_loss {avg_loss:.6f} is under {target}: proving it over {self.trainer.corpus.whole}")
         if self.prove() < target:
             return True
+        if progress.step == self.config.steps:
+            self.log.info("The proof isn't under the target, and all steps are done")
+            return False
         self.log.info("The proof isn't under the target: training goes on, and it is tried again a pass later")
-        if progress.step != self.config.steps:
-            del self.record.results["final_loss"]  # of these weights
+        del self.record.results["final_loss"]  # of these weights
         progress.next_proof = progress.step + math.ceil(self.trainer.batcher.averaged / self.trainer.batches_per_step)
         return False
 
@@ -1251,8 +1251,7 @@ def train(config: TrainConfig, command: str = "", meeting: machine.Alone | None 
     alone = machine.start_runtime(config.device, config.amp, config.deterministic)
     with join(meeting or meet(), alone, config) as runtime:
         with runtime.first_one_first():  # the others find the tokens in the cache
-            keep = not config.dry_run
-            tokenizer, corpus = open_corpus(config, keep)
+            tokenizer, corpus = open_corpus(config, write_cache=not config.dry_run)
         runtime.check_alike({"the text's SHA-256": corpus.sha256, "the tokenizer": tokenizer.name})
         trainer = Trainer(config, corpus, tokenizer, runtime)
         if config.dry_run:
@@ -1264,7 +1263,7 @@ def train(config: TrainConfig, command: str = "", meeting: machine.Alone | None 
             run_dir = RunDirectory(config.out_dir)
             if runtime.rank == 0:
                 held.enter_context(run_dir.lock())  # before loading: what a run that still writes has now is soon old
-                run_dir.check_space(28 * sum(p.numel() for p in trainer.model.parameters()))
+                run_dir.check_space(machine.checkpoint_bytes(trainer.model, trainer.config.optimizer))
             path, notes = run_dir.resume(trainer)  # all have read it before it changes its name
             if runtime.rank == 0:
                 run_dir.prepare(config.overwrite, path)

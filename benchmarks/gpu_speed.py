@@ -106,7 +106,7 @@ def sample_speed(check: Check) -> dict:
     shape = {} if check.small else GPT2
     state = make_trainer(check, "off", **shape).state_dict()
     path = Path(check.folder, "best.pt")
-    checkpoint.save_checkpoint(path, {key: state[key] for key in train.WEIGHTS})
+    checkpoint.save_checkpoint(path, checkpoint.weights_of(state))
     found = {}
     for amp in ("auto", "off"):
         writer = Writer(path, train.ARCHITECTURES, check.device, amp)

@@ -13,7 +13,7 @@ import torch
 import torch.nn as nn
 
 from support import machine
-from support.cli import DamagedError, RunError, UsageError, is_out_of_memory
+from support.cli import DamagedError, RunError, UsageError, first_line, is_out_of_memory
 from support.files import atomic_write, odd_kind
 from support.text import Corpus
 from support.tokenizer import Tokenizer, saved_tokenizer
@@ -24,6 +24,12 @@ FORMAT = 2  # raised when an older program couldn't read a newer file
 EARLIER_SETTINGS = {"optimizer": "adamw", "embed_lr": 0.0, "val_fraction": 0.0, "best_by": "train", "arch": "gpt2"}
 EARLIER_SETTINGS |= {"dataset": "", "val_dataset": "", "val_documents": 0, "text_field": "text", "avg_steps": 100}
 EARLIER_SETTINGS |= {"shift_windows": False, "n_expert": 7, "n_expert_active": 2, "expert_width": 0}
+
+
+def weights_of(content: dict) -> dict:
+    """What best.pt has of a checkpoint: the weights, and where they come from."""
+    kept = ("model", "model_config", "config", "step", "loss", "val_loss", "tokenizer", "corpus_sha256", "origin")
+    return {name: content[name] for name in ("format", *kept)}
 
 
 def save_checkpoint(path: Path, content: dict, previous: Path | None = None, spare: Path | None = None) -> None:
@@ -37,7 +43,7 @@ def save_checkpoint(path: Path, content: dict, previous: Path | None = None, spa
         if getattr(cause, "errno", 0) == errno.ENOSPC and spare and spare.exists():
             spare.unlink()
             return save_checkpoint(path, content, previous)
-        reason = getattr(cause, "strerror", None) or str(e).splitlines()[0]
+        reason = getattr(cause, "strerror", None) or first_line(e)
         kept = "the one before it is intact" if path.exists() else "there is none before it"
         raise RunError(f"checkpoint {path} can't be written ({reason}): {kept}; make room for it, then resume") from e
 
@@ -219,10 +225,12 @@ def shapes_of(weights: dict[str, torch.Tensor]) -> dict[str, torch.Size]:
 # ---- is it the same run? ----
 
 # Another value of one of these makes another run, which a checkpoint can't go on with.
-FIXED = ("block_size", "n_layer", "n_head", "n_embd", "dropout", "batch_size", "seq_len", "seed")
-FIXED = (*FIXED, "randomize_batches", "shift_windows", "optimizer", "val_fraction", "best_by")
-FIXED = (*FIXED, "text_field", "val_documents", "avg_steps")
-FIXED = (*FIXED, "arch", "n_expert", "n_expert_active", "expert_width")
+FIXED = (
+    *("block_size", "n_layer", "n_head", "n_embd", "dropout", "batch_size", "seq_len", "seed"),
+    *("randomize_batches", "shift_windows", "optimizer", "val_fraction", "best_by"),
+    *("text_field", "val_documents", "avg_steps"),
+    *("arch", "n_expert", "n_expert_active", "expert_width"),
+)
 # These belong to one start and not to the run.
 PASSING = ("preset", "out_dir", "resume", "overwrite", "init_from", "input_file", "tokenizer", "cache_dir")
 

@@ -97,6 +97,12 @@ def is_out_of_memory(e: Exception) -> bool:
     return isinstance(e, MemoryError) or any(one in words for one in told)
 
 
+def first_line(e: BaseException) -> str:
+    """Of what a fault says, as torch's may have hundreds; the fault's kind where it says nothing."""
+    lines = str(e).strip().splitlines() or [type(e).__name__]
+    return lines[0][:200]
+
+
 def duration(seconds: float) -> str:
     """1 h 02 min, 2 min 03 s or 4 s."""
     minutes, rest = divmod(round(seconds), 60)

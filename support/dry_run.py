@@ -9,7 +9,7 @@ from pathlib import Path
 
 from support import rundir
 from support.cli import duration
-from support.machine import memory_needs, memory_of, saved_bytes
+from support.machine import checkpoint_bytes, memory_needs, memory_of
 
 
 def show(trainer) -> None:
@@ -28,7 +28,7 @@ def describe(trainer) -> Iterator[str]:
     needed = sum(memory_needs(trainer.runtime, trainer.model, config).values())
     there = memory_of(device)
     yield f"Memory: at least {needed / 1e9:.1f} GB; there are {there / 1e9:.1f} GB" if there else "Memory: unknown"
-    checkpoints = 2 * saved_bytes(trainer.model, config.optimizer) + 4 * parameters
+    checkpoints = checkpoint_bytes(trainer.model, config.optimizer)
     free = shutil.disk_usage(existing_folder(config.out_dir)).free
     yield f"Disk: {checkpoints / 1e9:.2f} GB for last.pt, previous.pt and best.pt; {free / 1e9:.1f} GB are free"
     total = config.steps * trainer.tokens_per_step

@@ -8,6 +8,13 @@ import math
 from support.cli import RunError
 
 
+def cell(value: float | int | str) -> str:
+    """A figure as the CSV has it."""
+    if isinstance(value, float):
+        return f"{value:.10g}"
+    return str(value)
+
+
 def check_finite(trainer, avg_loss: float) -> None:
     """Raises RunError where training broke. With a loss scaler an infinite gradient only skipped the update."""
     loss = float(trainer.progress.loss)
@@ -17,8 +24,8 @@ def check_finite(trainer, avg_loss: float) -> None:
         broken = True
     if broken:
         raise RunError(
-            f"the loss is {loss} and the gradient norm {grad_norm} at step {trainer.progress.step}: resume from the"
-            " last checkpoint, or start anew, with a lower --lr or --amp off"
+            f"the loss is {loss}, avg_loss {avg_loss} and the gradient norm {grad_norm} at step"
+            f" {trainer.progress.step}: resume from the last checkpoint, or start anew, with a lower --lr or --amp off"
         )
 
 

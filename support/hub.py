@@ -11,7 +11,7 @@ import huggingface_hub
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 from huggingface_hub.utils import validate_repo_id
 
-from support.cli import RunError, UsageError, is_out_of_memory
+from support.cli import RunError, UsageError, first_line, is_out_of_memory
 
 
 def add_hub_flags(parser: argparse.ArgumentParser) -> None:
@@ -30,8 +30,7 @@ def hub_problems(name: str, private: bool) -> list[str]:
         if "/" not in name:
             raise HFValidationError("it has no slash")
     except HFValidationError as e:
-        reason = str(e).splitlines()[0]
-        problems.append(f"--push_to_hub {name} can't be a place on the Hub ({reason}): write it as USER/NAME")
+        problems.append(f"--push_to_hub {name} can't be a place on the Hub ({first_line(e)}): write it as USER/NAME")
     if not huggingface_hub.get_token():
         problems.append("--push_to_hub needs a token: log in with `hf auth login`, or set HF_TOKEN")
     return problems

@@ -52,7 +52,7 @@ class LinearCrossEntropy(torch.autograd.Function):
             p_target = p[target]
             # A probability below the smallest float is a loss of 87 nats, not an infinite one.
             total -= (p_target.clamp(min=torch.finfo(p.dtype).tiny).log() * counted).sum()
-            if differentiate:  # d loss / d logits = (p - one-hot) / number of rows, which is left to backward
+            if differentiate:  # d loss / d logits = (p - one-hot) / number of rows; the division is left to backward
                 logits.copy_(p)
                 logits[target] = (p_target - 1).to(dtype)  # rounded after the difference, which may be tiny
                 dx.append((logits @ w).mul_(counted[:, None]))
@@ -109,10 +109,10 @@ def orthogonalized(matrices: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
     x = (x / x.norm(dim=(1, 2), keepdim=True).clamp(min=1e-30)).to(dtype)
     for i, pair in enumerate(POLAR_EXPRESS):
         gram = x @ x.mT
-        if i == 0:  # the sum of all s^4 is the square of gram's norm, and the largest s is at most its fourth root
-            square = gram.norm(dim=(1, 2), keepdim=True, dtype=torch.float32).clamp(min=1e-30)
-            gram = (gram / square).to(dtype)
-            x = x / square.sqrt().to(dtype)
+        if i == 0:  # gram's norm is the root of the sum of all s^4: no s^2 is over it
+            bound = gram.norm(dim=(1, 2), keepdim=True, dtype=torch.float32).clamp(min=1e-30)
+            gram = (gram / bound).to(dtype)
+            x = x / bound.sqrt().to(dtype)
         x = two_steps(gram, *pair) @ x
     return x.mT if tall else x
 

@@ -19,7 +19,7 @@ import torch
 import torch.nn as nn
 from torch.overrides import TorchFunctionMode
 
-from support.cli import RunError, UsageError, say
+from support.cli import RunError, UsageError, first_line, is_out_of_memory, say
 from support.files import keep_heap
 from support.kernels import updates_here
 
@@ -154,8 +154,8 @@ class Runtime:
 
 
 def shared_grad_accum(processes: int, grad_accum: int) -> int:
-    """The grad_accum by which the processes that there are now share what a step was of so many processes before.
-    Raises UsageError where they can't."""
+    """The grad_accum that keeps the number of micro-batches in a step: of a run that had `processes` and `grad_accum`,
+    and goes on with WORLD_SIZE processes. Raises UsageError where these can't share them evenly."""
     there = int(os.environ.get("WORLD_SIZE", 1))
     batches = processes * grad_accum
     if batches % there == 0:
@@ -300,9 +300,9 @@ def compiled(model: nn.Module) -> Callable:
         try:
             result = by_compiler(*args, **kwargs)
         except Exception as e:
-            if worked:
+            if worked or is_out_of_memory(e):
                 raise
-            raise RunError(f"torch.compile fails here ({str(e).splitlines()[0]}): leave --compile out") from e
+            raise RunError(f"torch.compile fails here ({first_line(e)}): leave --compile out") from e
         worked = True
         return result
 
@@ -332,6 +332,11 @@ def saved_bytes(model: nn.Module, optimizer: str) -> int:
     parameters = sum(p.numel() for p in model.parameters())
     by_muon = sum(p.numel() for p in model.parameter_groups()["matrices"]) if optimizer == "muon" else 0
     return 12 * parameters - 4 * by_muon
+
+
+def checkpoint_bytes(model: nn.Module, optimizer: str) -> int:
+    """Of last.pt, previous.pt and best.pt together."""
+    return 2 * saved_bytes(model, optimizer) + 4 * sum(p.numel() for p in model.parameters())
 
 
 def memory_needs(runtime: Runtime, model: nn.Module, settings) -> dict[str, int]:

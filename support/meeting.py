@@ -18,7 +18,7 @@ import torch
 import torch.distributed as dist
 
 from support import cli
-from support.cli import RunError, UsageError
+from support.cli import RunError, UsageError, first_line
 from support.machine import Alone
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -157,10 +157,6 @@ def differences(everyones: Sequence[dict]) -> list[str]:
                 found.append(f"{other}: start all processes alike")
                 break
     return found
-
-
-def first_line(e: BaseException) -> str:
-    return (str(e).splitlines() or [type(e).__name__])[0][:200]
 
 
 def within(seconds: float, ask: Callable, *args):

@@ -10,10 +10,10 @@ import torch
 import torch.distributed as dist
 import torch.nn as nn
 
-from support.cli import RunError, UsageError
+from support.cli import RunError, UsageError, first_line
 from support.kernels import updates_here
 from support.machine import Runtime
-from support.meeting import Meeting, differences, first_line
+from support.meeting import Meeting, differences
 from support.watch import Watch
 
 STEP = timedelta(minutes=10)  # that processes may be apart in a step; the watch looks whether they are there

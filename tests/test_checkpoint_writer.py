@@ -49,7 +49,7 @@ def a_state(step: int) -> dict:
     """A checkpoint's content, with a tensor that gets a buffer of its own."""
     weights = torch.full((1 << 19,), float(step))
     return {
-        **dict.fromkeys(train.WEIGHTS),
+        **dict.fromkeys(("model_config", "loss", "val_loss", "tokenizer", "corpus_sha256", "origin")),
         "format": checkpoint.FORMAT,
         "config": {},
         "step": step,

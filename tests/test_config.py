@@ -155,6 +155,8 @@ def test_what_is_given_stays_as_it_is(tiny):
 def test_epochs_become_steps(tiny):
     assert tiny(steps=None, epochs=1.5).completed(101, 2).steps == 76  # 151.5 batches, two a step
     assert tiny(steps=None, epochs=2.5, steps_per_epoch=8).completed(101, 2).steps == 20
+    assert tiny(steps=None, epochs=27).completed(7, 3).steps == 63  # and not 64, as 27 * (7 / 3) is just over 63
+    assert tiny(steps=None, epochs=1e-9).completed(7, 3).steps == 1
 
 
 # ---- presets ----

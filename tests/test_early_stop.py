@@ -135,7 +135,10 @@ def test_a_target_met_by_the_last_step_is_reached(quick, proofs):
     assert proofs == [PASS, 30]
 
 
-def test_a_proof_that_fails_at_the_last_step_is_not_made_twice(quick, proofs):
+def test_a_proof_that_fails_at_the_last_step_is_not_made_twice(quick, proofs, tmp_path):
     result = train.train(quick(steps=PASS, target_loss=FAR))
     assert (result["ended"], result["final_loss"]) == ("steps done", 2000.0)
     assert proofs == [PASS]
+    told = log_of(tmp_path / "out")
+    assert "The proof isn't under the target, and all steps are done" in told
+    assert "training goes on" not in told

@@ -208,6 +208,13 @@ def test_a_duration_in_words(seconds, words):
     assert cli.duration(seconds) == words
 
 
+@pytest.mark.parametrize(
+    ("says", "line"), [("one\nand two", "one"), ("\n  one  \ntwo", "one"), ("", "ValueError"), ("x" * 999, "x" * 200)]
+)
+def test_the_first_line_of_a_fault(says, line):
+    assert cli.first_line(ValueError(says)).rstrip() == line
+
+
 # ---- signals ----
 
 

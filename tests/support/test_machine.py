@@ -100,8 +100,9 @@ def test_bf16_is_timed_where_the_processor_does_not_tell(monkeypatch, native):
 class Compiler:
     """In the place of torch.compile: what it makes fails from the n-th call on."""
 
-    def __init__(self, fails_from: int):
+    def __init__(self, fails_from: int, says: str = "No working C++ compiler found\nand much more"):
         self.fails_from = fails_from
+        self.says = says
         self.calls = 0
 
     def __call__(self, model):
@@ -110,7 +111,7 @@ class Compiler:
     def call(self, x):
         self.calls += 1
         if self.calls >= self.fails_from:
-            raise RuntimeError("No working C++ compiler found\nand much more")
+            raise RuntimeError(self.says)
         return x
 
 
@@ -126,6 +127,13 @@ def test_a_later_fault_of_a_compiled_model_is_not_put_down_to_the_compiler(monke
     forward = machine.compiled(torch.nn.Identity())
     assert forward(1) == 1
     with pytest.raises(RuntimeError, match="and much more"):
+        forward(1)
+
+
+def test_a_full_memory_is_not_put_down_to_the_compiler(monkeypatch):
+    monkeypatch.setattr(torch, "compile", Compiler(fails_from=1, says="CUDA out of memory. Tried to allocate 20 GiB"))
+    forward = machine.compiled(torch.nn.Identity())
+    with pytest.raises(RuntimeError, match=r"^CUDA out of memory"):
         forward(1)
 
 
