@@ -95,7 +95,7 @@ def break_at(monkeypatch, step: int) -> None:
 
 def test_a_loss_that_is_not_finite_ends_the_run_and_keeps_the_last_checkpoint(quick, tmp_path, monkeypatch):
     break_at(monkeypatch, 8)
-    with pytest.raises(RunError, match=r"the loss is nan .* at step 9: .*lower --lr"):
+    with pytest.raises(RunError, match=r"the loss is nan, .* at step 9: .*lower --lr"):
         train.train(quick(steps=20, save_every=4))
     assert load_checkpoint(tmp_path / "out" / "checkpoints" / "last.pt")["step"] == 8
     assert all(weight.isfinite().all() for weight in weights_of(tmp_path / "out").values())
