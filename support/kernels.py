@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import collections
 import contextlib
-import functools
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 
 import torch
 import torch.nn as nn
@@ -130,17 +129,17 @@ def polynomial(gram: torch.Tensor, a: float, b: float, c: float) -> torch.Tensor
     return p
 
 
-def updates_here(shapes: dict, direction: Callable, dtype: torch.dtype) -> Iterator[tuple]:
-    """Yields (parameter, its orthogonalized direction, by products in `dtype`). `shapes` says what each parameter is: a
+def updates_here(directions: dict, shapes: dict, dtype: torch.dtype) -> Iterator[tuple]:
+    """Yields (parameter, its direction, orthogonalized by products in `dtype`). `shapes` says what each parameter is: a
     matrix (rows, columns), or N of them, (N, rows, columns), each of which is worked on by itself. Those of one shape
     go together: a GPU would wait longer for the next small product than it works on it."""
     groups = collections.defaultdict(list)
-    for p, shape in shapes.items():
-        groups[tuple(shape)].append(p)
+    for p in directions:
+        groups[tuple(shapes[p])].append(p)
     for shape, group in groups.items():
-        directions = torch.stack([direction(p).view(shape) for p in group])
-        updates = orthogonalized(directions.flatten(0, -3), dtype)
-        for p, update in zip(group, updates.view_as(directions), strict=True):
+        stack = torch.stack([directions[p].view(shape) for p in group])
+        updates = orthogonalized(stack.flatten(0, -3), dtype)
+        for p, update in zip(group, updates.view_as(stack), strict=True):
             yield p, update.view(p.shape)
 
 
@@ -159,25 +158,29 @@ class Muon(torch.optim.Optimizer):
 
     @torch.no_grad()
     def step(self, closure=None) -> None:
+        """The directions take the place of the gradients. (_foreach: one call for all parameters. A GPU would wait
+        longer for the next of many small calls than it works on it.)"""
         for group in self.param_groups:
-            shapes = {p: self.shapes.get(p, p.shape) for p in group["params"] if p.grad is not None}
-            for p in shapes:
-                self.remember(p, group["momentum"])
-            direction = functools.partial(self.direction, momentum=group["momentum"])
-            for p, update in self.updates(shapes, direction, self.dtype):
-                p.mul_(1 - group["lr"] * group["weight_decay"])
+            params = [p for p in group["params"] if p.grad is not None]
+            if not params:
+                continue
+            gradients = [p.grad for p in params]
+            averages = [self.average(p) for p in params]
+            torch._foreach_lerp_(averages, gradients, 1 - group["momentum"])
+            torch._foreach_lerp_(gradients, averages, group["momentum"])  # Nesterov's: the average, a step ahead
+            if group["weight_decay"]:
+                torch._foreach_mul_(params, 1 - group["lr"] * group["weight_decay"])
+            directions = dict(zip(params, gradients, strict=True))
+            shapes = {p: self.shapes.get(p, p.shape) for p in params}
+            for p, update in self.updates(directions, shapes, self.dtype):
                 p.add_(update, alpha=-group["lr"] * 0.2 * math.sqrt(max(shapes[p][-2:])))
 
-    def remember(self, p: torch.Tensor, momentum: float) -> None:
-        """The average of the gradients."""
+    def average(self, p: torch.Tensor) -> torch.Tensor:
+        """Of its gradients so far."""
         state = self.state[p]
         if not state:
             state["momentum_buffer"] = torch.zeros_like(p)
-        state["momentum_buffer"].lerp_(p.grad, 1 - momentum)
-
-    def direction(self, p: torch.Tensor, momentum: float) -> torch.Tensor:
-        """Nesterov's: that average, a step ahead."""
-        return p.grad.lerp(self.state[p]["momentum_buffer"], momentum)
+        return state["momentum_buffer"]
 
 
 class MuonAdamW(torch.optim.Optimizer):

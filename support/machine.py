@@ -108,9 +108,9 @@ class Runtime:
     def host_copies(self) -> HostCopies:
         return HostCopies(self.device)
 
-    def muon_updates(self, shapes: dict, direction: Callable, dtype: torch.dtype) -> Iterator[tuple]:
+    def muon_updates(self, directions: dict, shapes: dict, dtype: torch.dtype) -> Iterator[tuple]:
         """Muon's updates (kernels.updates_here), each parameter's by one of the processes."""
-        return updates_here(shapes, direction, dtype)
+        return updates_here(directions, shapes, dtype)
 
     @contextlib.contextmanager
     def watched(self, last_words: Callable[[str], None]):

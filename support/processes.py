@@ -88,14 +88,14 @@ class Processes(Runtime):
         model.train(was_training)
         return wrapped
 
-    def muon_updates(self, shapes: dict, direction: Callable, dtype: torch.dtype) -> Iterator[tuple]:
+    def muon_updates(self, directions: dict, shapes: dict, dtype: torch.dtype) -> Iterator[tuple]:
         """Each process makes the updates of its own share. One all-gather brings it the others'."""
-        shares = dealt(shapes, self.world_size)
+        shares = dealt(directions, self.world_size)
         longest = max(sum(p.numel() for p in share) for share in shares)
         mine = torch.zeros(longest, dtype=dtype, device=self.device)
         start = 0
-        own_shapes = {p: shapes[p] for p in shares[self.rank]}
-        for p, update in updates_here(own_shapes, direction, dtype):
+        own = {p: directions[p] for p in shares[self.rank]}
+        for p, update in updates_here(own, shapes, dtype):
             mine[start : start + p.numel()] = update.flatten()
             start += p.numel()
         for share, updates in zip(shares, self.gather(mine), strict=True):

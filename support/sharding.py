@@ -6,7 +6,7 @@ when they are saved, and cut when they are loaded."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 
 import torch
 import torch.distributed as dist
@@ -78,21 +78,20 @@ class Sharded(Processes):
 
     # ---- Muon ----
 
-    def muon_updates(self, shapes: dict, direction: Callable, dtype: torch.dtype) -> Iterator[tuple]:
+    def muon_updates(self, directions: dict, shapes: dict, dtype: torch.dtype) -> Iterator[tuple]:
         """The parts of a direction travel to the process that orthogonalizes it, and the parts of the update back: two
         collectives, for any number of matrices."""
-        shares = dealt(shapes, self.world_size)
+        shares = dealt(directions, self.world_size)
         mine = shares[self.rank]
         # what I have of each process's matrices, and how much each process has of mine
-        parts = [[direction(p).to_local() for p in share] for share in shares]
+        parts = [[directions[p].to_local() for p in share] for share in shares]
         held = [[numbers(p, rank, self.world_size) for p in mine] for rank in range(self.world_size)]
 
         received = self.all_to_all(parts, held, torch.float32)
-        directions = {}
+        whole = {}
         for i, p in enumerate(mine):
-            directions[p] = torch.cat([of_one[i] for of_one in received]).view(p.shape)
-        own_shapes = {p: shapes[p] for p in mine}
-        updates = dict(updates_here(own_shapes, directions.__getitem__, dtype))
+            whole[p] = torch.cat([of_one[i] for of_one in received]).view(p.shape)
+        updates = dict(updates_here(whole, shapes, dtype))
 
         back = [[] for _ in shares]
         for i, p in enumerate(mine):

@@ -226,7 +226,8 @@ with launch.join(meeting, alone, train.TrainConfig()) as runtime:
         return real(stack, dtype)
 
     kernels.orthogonalized = orthogonalized
-    updates = list(runtime.muon_updates({p: p.shape for p in matrices}, lambda p: p, torch.float32))
+    directions = {p: p for p in matrices}
+    updates = list(runtime.muon_updates(directions, {p: p.shape for p in matrices}, torch.float32))
     kernels.orthogonalized = real
     assert sum(worked_on) == 3 - rank
     for p, update in updates:
@@ -245,7 +246,8 @@ with launch.join(launch.meet(), alone, train.TrainConfig(parallel="fsdp")) as ru
     shapes = [(5, 8), (1, 4), (5, 8), (8, 5), (4, 4)]
     matrices = [torch.randn(shape) for shape in shapes]
     shards = [distribute_tensor(matrix, mesh, [Shard(0)]) for matrix in matrices]
-    for shard, update in runtime.muon_updates({p: p.shape for p in shards}, lambda p: p, torch.float32):
+    directions = {p: p for p in shards}
+    for shard, update in runtime.muon_updates(directions, {p: p.shape for p in shards}, torch.float32):
         whole = real(shard.full_tensor()[None], torch.float32)[0]
         torch.testing.assert_close(update.full_tensor(), whole)
 
